@@ -1,0 +1,187 @@
+"""A network on a Gaussian path: the training loss and the prediction of clean data."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from avdiffusion.diffusion.path import Path
+from avdiffusion.diffusion.target import TARGETS, det, scale_in
+from avdiffusion.diffusion.weight import Constant, Density, Uniform, Weight
+from avdiffusion.media import Media
+
+
+class Prediction(NamedTuple):
+    """A network's guess at x_t: alpha x0 + sigma eps = x_t."""
+
+    x0: Media | Tensor
+    eps: Media | Tensor
+    spread: Media | Tensor | None = None  # learned variance in [-1, 1]; only DDPM reads it
+
+
+class Diffusion(nn.Module):
+    """A network, a path and what the network predicts on it; one code path for every modality.
+
+    `net(*tensors, time=[B], **cond)` returns a tensor per modality (a tuple when there are
+    several). With `learned_variance` its channels hold the prediction, then the place of the log
+    variance between the small and the large one (Nichol and Dhariwal 2021, equation 15).
+    """
+
+    def __init__(
+        self,
+        *,
+        net: nn.Module,
+        path: Path,
+        target: str = "eps",
+        density: Density | None = None,
+        weight: Weight | None = None,
+        sigma_data: float = 1.0,
+        learned_variance: bool = False,
+    ):
+        super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target={target!r} is not one of {', '.join(TARGETS)}")
+        self.net, self.path, self.target = net, path, target
+        self.density, self.weight = density or Uniform(), weight or Constant()
+        self.sigma_data, self.learned_variance = sigma_data, learned_variance
+        for t in (path.t_min, path.t_max):
+            alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64))
+            if abs(float(det(alpha, sigma, self._pair(alpha, sigma)))) < 1e-9:
+                raise ValueError(
+                    f"target={target!r} does not determine the data at t={t} of "
+                    f"{type(path).__name__}: use target=v or flow"
+                )
+
+    def loss(
+        self,
+        x0: Media,
+        cond: dict,
+        *,
+        t: Tensor | Media,
+        noise: Media,
+        mask: Media | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted squared error per sample [B] and modality.
+
+        `t`: float64 [B] on the CPU, or Media of them (a level per modality). `mask` (0 or 1, shaped
+        like x0) restricts the mean. A learned variance adds `<modality>_vb`, its variational bound
+        in bits, with the mean held fixed.
+        """
+        alpha, sigma = self._levels(t)
+        x = x0.map(lambda v, e, a, s: _row(a, v) * v + _row(s, v) * e, noise, alpha, sigma)
+        out, spread = self._run(x, t, alpha, sigma, cond)
+
+        def error(o, v, e, m, a, s):
+            pair = self._pair(a, s)
+            goal = _row(pair[0], v) * v + _row(pair[1], v) * e
+            square = (o.float() - goal).square()
+            w = self.weight(a, s, det(a, s, pair)).to(v.device, torch.float32)
+            if m is None:
+                return w * square.flatten(1).mean(1)
+            m = m.expand_as(square)
+            return w * (square * m).flatten(1).sum(1) / m.flatten(1).sum(1).clamp(min=1)
+
+        losses = dict(out.map(error, x0, noise, mask, alpha, sigma))
+        if spread is not None:
+            found = self._decode(x, out, alpha, sigma)[0]
+            bound = spread.map(self._bound, found, x0, x, t)
+            losses.update({f"{name}_vb": value for name, value in bound.items()})
+        return losses
+
+    def predict(self, x: Media, t: Tensor, cond: dict) -> Prediction:
+        """The prediction at one time for the whole batch; `t` is a float64 scalar on the CPU."""
+        alpha, sigma = self._levels(t)
+        out, spread = self._run(x, t, alpha, sigma, cond)
+        return Prediction(*self._decode(x, out, alpha, sigma), spread)
+
+    def _levels(self, t: Tensor | Media) -> tuple[Tensor, Tensor] | tuple[Media, Media]:
+        if isinstance(t, Media):
+            return t.map(self.path.alpha), t.map(self.path.sigma)
+        return self.path.alpha(t), self.path.sigma(t)
+
+    def _pair(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return TARGETS[self.target](alpha, sigma, self.sigma_data)
+
+    def _run(self, x, t, alpha, sigma, cond) -> tuple[Media, Media | None]:
+        x = x.map(lambda v, a, s: v * _row(scale_in(a, s, self.sigma_data), v), alpha, sigma)
+
+        def told(value: Tensor, t: Tensor) -> Tensor:
+            return self.path.embed(t).to(value.device, torch.float32).expand(len(value))
+
+        first = next(iter(x.values()))
+        time = tuple(x.map(told, t).values()) if isinstance(t, Media) else told(first, t)
+        out = self.net(*x.values(), time=time, **cond)
+        out = Media(zip(x, out if isinstance(out, tuple) else (out,), strict=True))
+        if not self.learned_variance:
+            return out, None
+        halves = out.map(lambda v: v.chunk(2, dim=1))
+        return halves.map(lambda h: h[0]), halves.map(lambda h: h[1].float())
+
+    def _decode(self, x, out, alpha, sigma) -> tuple[Media, Media]:
+        def x0(v, o, a, s):
+            pair = self._pair(a, s)
+            d = det(a, s, pair)
+            return _row(pair[1] / d, v) * v - _row(s / d, v) * o.float()
+
+        def eps(v, o, a, s):
+            pair = self._pair(a, s)
+            d = det(a, s, pair)
+            return _row(a / d, v) * o.float() - _row(pair[0] / d, v) * v
+
+        return x.map(x0, out, alpha, sigma), x.map(eps, out, alpha, sigma)
+
+    def _bound(self, spread: Tensor, found: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Nichol and Dhariwal 2021, equation 4, in bits per element [B]."""
+        step = self.path.t_min
+        s = (t - step).clamp(min=0.0)
+        small, large = posterior_variance(self.path, t, s)
+        # The last step has no posterior variance; the one before it stands in.
+        first = s < step / 2
+        small = torch.where(first, posterior_variance(self.path, t + step, t)[0], small)
+        low, high = _row(small.log(), x), _row(large.log(), x)
+        log_var = low + (spread + 1) / 2 * (high - low)
+        mean = posterior_mean(self.path, x, found.detach(), t, s)
+        true = posterior_mean(self.path, x, x0, t, s)
+        kl = 0.5 * (log_var - low + (low - log_var).exp() - 1)
+        kl = kl + 0.5 * (true - mean).square() * (-log_var).exp()
+        nats = torch.where(_row(first, x).bool(), -_log_likelihood(x0, mean, log_var), kl)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+
+def posterior_variance(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance of x_s given x_t: known x0 (small) and unknown, unit-free x0 (large)."""
+    ratio = path.alpha(t) / path.alpha(s)
+    large = path.sigma(t) ** 2 - (ratio * path.sigma(s)) ** 2
+    return large * (path.sigma(s) / path.sigma(t)) ** 2, large
+
+
+def posterior_mean(path: Path, x, x0, t: Tensor, s: Tensor):
+    """Mean of x_s given x_t and x0 (Ho et al. 2020, equation 7)."""
+    ratio, variance = path.alpha(t) / path.alpha(s), posterior_variance(path, t, s)[1]
+    from_x = ratio * (path.sigma(s) / path.sigma(t)) ** 2
+    from_x0 = path.alpha(s) * variance / path.sigma(t) ** 2
+    if from_x.dim():
+        return _row(from_x, x) * x + _row(from_x0, x) * x0
+    return from_x * x + from_x0 * x0
+
+
+def _row(value: Tensor, like: Tensor) -> Tensor:
+    """A scalar as it is; [B] on `like`'s device, type and rank."""
+    if value.dim() == 0:
+        return value
+    return value.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """Log probability of x in bins of 2/255, open at both ends (Ho et al. 2020, equation 13)."""
+
+    def below(value: Tensor) -> Tensor:
+        inner = math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)
+        return 0.5 * (1 + torch.tanh(inner))
+
+    inverse = (-0.5 * log_var).exp()
+    upper = below(inverse * (x - mean + 1 / 255))
+    lower = below(inverse * (x - mean - 1 / 255))
+    share = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return share.clamp(min=1e-12).log()

@@ -1,0 +1,65 @@
+"""Times a sampler stops at: float64, decreasing from t_start to t_end, `steps` intervals."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from avdiffusion.diffusion.path import Path
+
+
+def _line(start: float | Tensor, end: float | Tensor, count: int) -> Tensor:
+    share = torch.linspace(0, 1, count, dtype=torch.float64)
+    return start + (end - start) * share
+
+
+def trailing(path: Path, steps: int, start: float, end: float) -> Tensor:
+    """Uniform in t, down to the data (Lin et al. 2024)."""
+    return _line(start, end, steps + 1)
+
+
+def leading(path: Path, steps: int, start: float, end: float) -> Tensor:
+    """The "ddimN" of guided-diffusion: every (N / steps)-th step of the table from step 0 on."""
+    total = round(1 / path.t_min)
+    stride = next((s for s in range(1, total) if len(range(0, total, s)) == steps), None)
+    if stride is None:
+        raise ValueError(f"no integer stride takes {steps} of {total} steps; use grid=trailing")
+    return _table(list(range(0, total, stride)), total, start, end)
+
+
+def sections(path: Path, steps: int, start: float, end: float) -> Tensor:
+    """guided-diffusion's respacing to "steps": evenly spread over the table, both ends included."""
+    total = round(1 / path.t_min)
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps={steps} is not within 1 and the table's {total}")
+    stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
+    # Accumulated and rounded half to even, as the published table was.
+    places, place = [], 0.0
+    for _ in range(steps):
+        places.append(round(place))
+        place += stride
+    return _table(places, total, start, end)
+
+
+def _table(places: list[int], total: int, start: float, end: float) -> Tensor:
+    times = torch.tensor([(i + 1) / total for i in reversed(places)], dtype=torch.float64)
+    times = times[(times <= start) & (times > end)]
+    return torch.cat([times, torch.tensor([end], dtype=torch.float64)])
+
+
+def log_snr(path: Path, steps: int, start: float, end: float) -> Tensor:
+    """Uniform in log(alpha / sigma) (Lu et al. 2022), from t_max or just below to t_min or end."""
+    lam = torch.tensor([start, max(end, path.t_min)], dtype=torch.float64)
+    # A path whose data end vanishes at t = 1 has no finite lambda there.
+    high, low = path.lam(lam.clamp(max=path.t_max)).nan_to_num(neginf=-7.0)
+    times = path.time(_line(high, low, steps + 1))
+    times[0], times[-1] = lam[0], lam[1]
+    return times
+
+
+GRIDS: dict[str, Callable[[Path, int, float, float], Tensor]] = {
+    "trailing": trailing,
+    "leading": leading,
+    "sections": sections,
+    "log_snr": log_snr,
+}

@@ -1,0 +1,57 @@
+"""Random numbers that depend on their key alone, never on a global generator or a batch."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avdiffusion.media import Media
+
+
+def key(*parts: object) -> int:
+    """A 63-bit number from any parts; equal parts give equal numbers on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Noise:
+    """A source of noise with one stream per sample, keyed by (seed, index, purpose).
+
+    The n-th call of `like` gives sample i the same numbers whatever batch it is in, on any number
+    of devices. They are drawn on `device` ("cpu" for the same numbers everywhere) and handed over
+    on the device and in the type of the tensor they resemble.
+    """
+
+    def __init__(
+        self, seed: int, index: Sequence[int], purpose: str = "noise", *, device: str = "cpu"
+    ):
+        self.seed, self.index, self.purpose, self.device = seed, list(index), purpose, device
+        self.calls = 0
+
+    def fork(self, purpose: str) -> "Noise":
+        """An independent source for the same samples."""
+        return Noise(self.seed, self.index, f"{self.purpose}/{purpose}", device=self.device)
+
+    def uniform(self) -> Tensor:
+        """One number in (0, 1) per sample, float64 [B], on the CPU."""
+        scaled = [(key(self.seed, i, self.purpose, "u") + 0.5) / 2**63 for i in self.index]
+        return torch.tensor(scaled, dtype=torch.float64)
+
+    def like(self, x: Media | Tensor) -> Media | Tensor:
+        """Standard normal noise shaped like x [B, ...]."""
+        self.calls += 1
+        if isinstance(x, Media):
+            return Media({name: self._draw(v, zlib.crc32(name.encode())) for name, v in x.items()})
+        return self._draw(x, 0)
+
+    def _draw(self, x: Tensor, stream: int) -> Tensor:
+        if len(self.index) != len(x):
+            raise ValueError(f"noise for {len(self.index)} samples, asked for {len(x)}")
+        out = torch.empty(x.shape, device=self.device)
+        generator = torch.Generator(self.device)
+        for row, index in zip(out, self.index, strict=True):
+            generator.manual_seed(key(self.seed, index, self.purpose, self.calls, stream))
+            row.normal_(generator=generator)
+        return out.to(x.device, x.dtype)

@@ -1,0 +1,53 @@
+"""What every sampler is: a walk down a grid of times, yielding its states."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from avdiffusion.diffusion.grid import GRIDS
+from avdiffusion.diffusion.noise import Noise
+from avdiffusion.diffusion.path import Path
+from avdiffusion.media import Media
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """From noise to data in `steps` evaluations of `denoise(x, t) -> Prediction`.
+
+    Calling it gives an iterator over the states after each step; the last one is the sample.
+    x is Media or a plain tensor; t a float64 scalar on the CPU, which costs no device sync.
+    """
+
+    steps: int = 50
+    grid: str = "trailing"
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: a sampler takes at least one step")
+        if self.grid not in GRIDS:
+            raise ValueError(f"grid={self.grid!r} is not one of {', '.join(GRIDS)}")
+
+    def __call__(
+        self,
+        denoise,
+        x: Media | Tensor,
+        path: Path,
+        *,
+        noise: Noise | None = None,
+        t_start: float | None = None,
+        t_end: float | None = None,
+    ) -> Iterator[Media | Tensor]:
+        """States between `t_start` (the path's end) and `t_end` (the data)."""
+        start = path.t_max if t_start is None else t_start
+        times = GRIDS[self.grid](path, self.steps, start, 0.0 if t_end is None else t_end)
+        return self.solve(denoise, x, path, times, noise)
+
+    def solve(self, denoise, x, path: Path, times: Tensor, noise: Noise | None):
+        raise TypeError(f"{type(self).__name__} has no `solve`")
+
+
+def last(states: Iterator[Media | Tensor]) -> Media | Tensor:
+    """The final state."""
+    *_, x = states
+    return x

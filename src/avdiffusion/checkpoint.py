@@ -1,0 +1,245 @@
+"""Configs and checkpoints: composing, building, finding and safely loading; Hydra's only door."""
+
+import hashlib
+import importlib
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from avdiffusion.systems.diffusion import FORMAT, DiffusionSystem
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TRUSTED = ("avdiffusion.diffusion", "avdiffusion.nn", "avdiffusion.samplers", "avdiffusion.systems")
+TRUSTED_LIBRARIES = ("torch.nn", "torch.optim", "ema_pytorch")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be found, read, trusted or built; the message says which."""
+
+
+def compose(overrides: Sequence[str] = (), *, config: str = "train") -> DictConfig:
+    """The config a command line of these overrides would run with."""
+    if GlobalHydra.instance().is_initialized():
+        GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra_compose(config, overrides=list(overrides))
+
+
+def build(config: Any, **extra: Any) -> Any:
+    """What a config node describes; the cause of a failure is raised as it was."""
+    try:
+        return instantiate(config, **extra)
+    except InstantiationException as error:
+        cause = error.__cause__
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ValueError | OSError):
+            raise cause from error
+        raise
+
+
+def plain(config: DictConfig) -> dict:
+    """A config as resolved dicts and lists, fit for a checkpoint."""
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
+    """The file meant by a path, a run folder, `RUN/best`, or by `best` or `last` of the newest run."""
+    path = Path(ckpt)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        names = ("last", "best")
+        found = [f for n in names for f in (path / "checkpoints" / f"{n}.ckpt", path / f"{n}.ckpt")]
+        found = [file for file in found if file.is_file()]
+        if found:
+            return found[0]
+        raise CheckpointError(f"{path} holds no checkpoints/last.ckpt: it is no run folder")
+    if path.name in ("best", "last"):
+        if path.parent != Path("."):
+            within = [path.parent / "checkpoints" / f"{path.name}.ckpt"]
+        else:
+            within = Path(runs).glob(f"**/checkpoints/{path.name}.ckpt")
+        files = sorted((f for f in within if f.is_file()), key=lambda f: f.stat().st_mtime)
+        if files:
+            return files[-1]
+        where = path.parent if path.parent != Path(".") else runs
+        raise CheckpointError(f"no {path.name}.ckpt below {where}: train first, or give a path")
+    raise CheckpointError(f"no checkpoint at {path}")
+
+
+def read(ckpt: str | Path) -> dict:
+    """A checkpoint's content, tensors and plain values only, with its format checked."""
+    path = find(ckpt)
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors and plain values "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, BadZipFile, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
+    if not isinstance(stored, dict) or "avdiffusion" not in stored:
+        raise CheckpointError(
+            f"{path} is no avdiffusion checkpoint: it carries no format version. Published weights "
+            "have to be converted first"
+        )
+    if stored["avdiffusion"]["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {stored['avdiffusion']['format']}, this version reads up to "
+            f"{FORMAT}: update avdiffusion"
+        )
+    return stored
+
+
+def load(
+    ckpt: str | Path,
+    *,
+    trust: bool = False,
+    device: str | None = None,
+    replace: dict[str, Any] | None = None,
+) -> DiffusionSystem:
+    """The system a checkpoint describes, with its weights, ready to sample.
+
+    The stored config may build only what `check` allows; `trust=True` lifts that for a file whose
+    origin is known. `replace` may hold another `sampler` and `guide`: keys without a `_target_` are
+    merged over what is stored. The config in force stays at `system.config`.
+    """
+    stored = read(ckpt)
+    config = stored["hyper_parameters"]
+    if not trust:
+        check(config, source=str(ckpt))
+    for name, place in (("sampler", "sampler"), ("guide", "guides")):
+        config[name] = merged(config[name], (replace or {}).get(name) or {}, name)
+        config["model"][place] = config[name]
+    system = build(config["model"])
+    try:
+        system.load_state_dict(stored["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{ckpt} does not fit its own config: {first_line(error)}") from error
+    system.config = config
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return system.eval().to(device)
+
+
+def merged(stored: dict, given: Any, name: str) -> dict:
+    """`given` in place of `stored` if it names classes of its own, else merged over it."""
+    given = plain(given) if isinstance(given, DictConfig) else dict(given)
+    whole = "_target_" in given or any("_target_" in v for v in given.values() if isinstance(v, dict))
+    if whole:
+        return given
+    unknown = sorted(given.keys() - stored.keys())
+    if unknown:
+        known = ", ".join(k for k in stored if k != "_target_")
+        raise ValueError(f"{name}.{unknown[0]} is no key of the stored {name}, which has {known}")
+    return {**stored, **given}
+
+
+def check(config: dict, *, source: str) -> None:
+    """Raises CheckpointError if building the model could do anything but build our own classes."""
+    for key, value in _entries({"model": config["model"]}, "stored config"):
+        if isinstance(value, str) and "${" in value:
+            raise CheckpointError(f"{source} is refused: {key} holds an interpolation, {value!r}")
+        if key.split(".")[-1] == "_target_" and not _trusted(value):
+            raise CheckpointError(
+                f"{source} is refused: its config would call {value!r}. If you know where the file "
+                "is from, allow that with trust=true"
+            )
+
+
+def _entries(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            yield from _entries(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for place, value in enumerate(node):
+            yield from _entries(value, f"{key}.{place}")
+    else:
+        yield key, node
+
+
+def _trusted(target: Any) -> bool:
+    """A public class or function defined in a trusted module and named by that module.
+
+    Names reached through a module's imports (`avdiffusion.io.os.system`) are not.
+    """
+    if not isinstance(target, str) or target.startswith("_") or "._" in target:
+        return False
+    module, _, name = target.rpartition(".")
+    packages = (*TRUSTED, *TRUSTED_LIBRARIES)
+    if not any(module == package or module.startswith(f"{package}.") for package in packages):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    origin = getattr(found, "__module__", None) or ""
+    if not any(origin == package or origin.startswith(f"{package}.") for package in packages):
+        return False
+    return isinstance(found, type) or module.startswith(TRUSTED)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def folder_name(overrides: str) -> str:
+    """A sweep point's overrides as one folder name, at most 120 characters, still unique."""
+    name = re.sub(r"[^\w.,+\-]+", "_", overrides) or "default"
+    if len(name) <= 120:
+        return name
+    return f"{name[:111]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs an entry point; what a user can mend ends in one line on stderr and exit status 1."""
+    words = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
+    for word in words:
+        try:
+            OverridesParser.create().parse_override(word)
+        except (OverrideParseException, HydraException):
+            name, _, value = word.partition("=")
+            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+            raise SystemExit(
+                f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is quoted "
+                f"twice: \"{name}='{quoted}'\""
+            ) from None
+    main()
+
+
+def guarded(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
+    """`task(config)`; the errors people can act on become `error: ...` and exit status 1."""
+    try:
+        return task(config)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        raise SystemExit(f"error: {message(error)}") from error
+
+
+def message(error: BaseException) -> str:
+    """What to tell a user: an error's own words, in one line."""
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
+    if missing:
+        return f"{missing[1]} is needed: give it as {missing[1]}=..."
+    return " ".join(str(error).split()) or type(error).__name__

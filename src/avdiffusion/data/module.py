@@ -1,0 +1,181 @@
+"""Batches in an order that neither devices, workers nor a restart change."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+
+class Draws(Dataset):
+    """A dataset asked for (index, position, seed): the position in training keys all chance.
+
+    Datasets with `draw(index, rng)` get a generator of their own for windows and flips; any other
+    map-style dataset is simply indexed.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, request: tuple[int, int, int]) -> dict:
+        index, position, seed = request
+        if hasattr(self.dataset, "draw"):
+            item = self.dataset.draw(index, np.random.default_rng((seed, position)))
+        else:
+            item = self.dataset[index]
+        return {**item, "index": index, "position": position}
+
+
+class EndlessBatches:
+    """Requests for the micro-batches of one device, from optimiser step `start` on, for ever.
+
+    Epoch e walks the dataset in a permutation keyed by (seed, e). Optimiser step g takes positions
+    [g B, (g + 1) B) of that walk; its micro-batch k on rank r the r-th slice of the k-th share.
+    It has no length on purpose: Lightning resumes an endless loader where it is told to start.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.size, self.batch_size, self.micro_batch = size, batch_size, micro_batch
+        self.seed, self.start, self.rank, self.world = seed, start, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        share = self.micro_batch * self.world
+        position = self.start * self.batch_size + self.rank * self.micro_batch
+        while True:
+            yield [self.request(position + i) for i in range(self.micro_batch)]
+            position += share
+
+    def request(self, position: int) -> tuple[int, int, int]:
+        epoch, place = divmod(position, self.size)
+        return int(self.order(epoch)[place]), position, self.seed
+
+    def order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_epoch", None) != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._order = epoch, rng.permutation(self.size)
+        return self._order
+
+
+def collate(items: list[dict]) -> dict:
+    """`default_collate`, but positions stay plain numbers: keys for chance, needed on the host."""
+    positions = [item.pop("position") for item in items]
+    return {**default_collate(items), "position": positions}
+
+
+class DataModule(pl.LightningDataModule):
+    """A training and a validation dataset as batches `{video, audio, index, position, ...}`.
+
+    `batch_size` is the global batch of one optimiser step; each device holds `micro_batch` of it
+    (all of its share by default) and accumulates the rest. `frames`, `fps`, `size`, `samples`,
+    `sample_rate`, `channels`, `root` say what the datasets deliver; they are checked once here.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Dataset,
+        val: Dataset | None = None,
+        fps: float,
+        frames: int,
+        size: list[int],
+        sample_rate: int,
+        samples: int,
+        channels: int = 1,
+        root: str | None = None,
+        batch_size: int = 16,
+        micro_batch: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} is below 1")
+        if len(train) == 0:
+            raise ValueError(f"the training data is empty ({root or type(train).__name__})")
+        check_duration(fps=fps, frames=frames, sample_rate=sample_rate, samples=samples)
+        self.train, self.val, self.root = train, val, root
+        self.fps, self.frames, self.size = fps, frames, size
+        self.sample_rate, self.samples, self.channels = sample_rate, samples, channels
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.num_workers, self.seed = num_workers, seed
+
+    def accumulation(self, world: int) -> int:
+        """Micro-batches an optimiser step takes on each of `world` devices; sets `micro_batch`."""
+        if self.batch_size % world:
+            raise ValueError(
+                f"data.batch_size={self.batch_size} is global and {world} devices do not divide it"
+            )
+        share = self.batch_size // world
+        self.micro_batch = self.micro_batch or share
+        if share % self.micro_batch:
+            raise ValueError(
+                f"data.micro_batch={self.micro_batch} does not divide a device's share of "
+                f"{share} (data.batch_size={self.batch_size} over {world} devices)"
+            )
+        return share // self.micro_batch
+
+    def train_dataloader(self) -> DataLoader:
+        self.accumulation(self.trainer.world_size)
+        batches = EndlessBatches(
+            len(self.train),
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            seed=self.seed,
+            start=self.trainer.global_step,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+        )
+        return self._loader(Draws(self.train), batch_sampler=batches)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.val is None:
+            return []
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = Subset(Indexed(self.val), range(rank, len(self.val), world))
+        return self._loader(mine, batch_size=self.micro_batch or self.batch_size)
+
+    def _loader(self, dataset: Dataset, **order) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **order,
+        )
+
+
+class Indexed(Dataset):
+    """A dataset in its own order, each item with its number as index and position."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        return {**self.dataset[index], "index": index, "position": index}
+
+
+def check_duration(*, fps: float, frames: int, sample_rate: int, samples: int) -> None:
+    """Raises ValueError unless picture and sound last equally long, to the nearest sample."""
+    wanted = round(sample_rate * frames / fps)
+    if not math.isclose(samples, wanted, abs_tol=0.5):
+        raise ValueError(
+            f"picture and sound differ in length: {frames} frames at {fps} fps last "
+            f"{frames / fps:.4g} s, {samples} samples at {sample_rate} Hz last "
+            f"{samples / sample_rate:.4g} s; set data.samples={wanted}"
+        )

@@ -1,0 +1,62 @@
+"""Between what the data holds and what is diffused."""
+
+from collections.abc import Mapping, Sequence
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from avdiffusion.media import Media
+
+
+class Identity(nn.Module):
+    """Diffuses the data itself."""
+
+    def encode(self, x: Media) -> Media:
+        return x
+
+    def decode(self, z: Media) -> Media:
+        return z
+
+
+class Patches(nn.Module):
+    """Folds blocks of neighbouring values into channels: a smaller grid, nothing lost.
+
+    `patch`: block size along each axis after the channels, by modality; {"video": [1, 4, 4]} turns
+    [B, 3, T, H, W] into [B, 48, T, H/4, W/4]. `scale`: factor on a modality's values, which sets
+    how soon noise drowns it.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch: Mapping[str, Sequence[int]],
+        scale: Mapping[str, float] | None = None,
+    ):
+        super().__init__()
+        self.patch, self.scale = dict(patch), dict(scale or {})
+
+    def encode(self, x: Media) -> Media:
+        return Media({name: self._fold(name, v) for name, v in x.items()})
+
+    def decode(self, z: Media) -> Media:
+        return Media({name: self._unfold(name, v) for name, v in z.items()})
+
+    def _fold(self, name: str, x: Tensor) -> Tensor:
+        split, joined, sizes = self._pattern(name, x)
+        if any(n % p for n, p in zip(x.shape[2:], sizes.values(), strict=True)):
+            raise ValueError(
+                f"{name} {list(x.shape[1:])} does not divide into blocks of {list(sizes.values())}"
+            )
+        return rearrange(x, f"{split} -> {joined}", **sizes) * self.scale.get(name, 1.0)
+
+    def _unfold(self, name: str, z: Tensor) -> Tensor:
+        split, joined, sizes = self._pattern(name, z)
+        return rearrange(z, f"{joined} -> {split}", **sizes) / self.scale.get(name, 1.0)
+
+    def _pattern(self, name: str, x: Tensor) -> tuple[str, str, dict[str, int]]:
+        """einops' two sides and the block sizes, for as many axes as x has."""
+        axes = range(x.dim() - 2)
+        sizes = dict(zip((f"p{k}" for k in axes), self.patch.get(name, [1] * len(axes)), strict=True))
+        split = "b c " + " ".join(f"(d{k} p{k})" for k in axes)
+        joined = f"b (c {' '.join(sizes)}) " + " ".join(f"d{k}" for k in axes)
+        return split, joined, sizes

@@ -1,0 +1,201 @@
+"""The Lightning module of every diffusion model here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from importlib.metadata import version
+
+import pytorch_lightning as pl
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+
+from avdiffusion.diffusion.diffusion import Diffusion
+from avdiffusion.diffusion.guide import Guide, Task
+from avdiffusion.diffusion.noise import Noise, key
+from avdiffusion.media import Media
+from avdiffusion.samplers.sampler import Sampler
+from avdiffusion.systems.codec import Identity
+
+FORMAT = 1  # of a checkpoint; raised when an older one can no longer be read as it is
+SHIFTS = ("none", "fixed", "seeded")
+
+
+class DiffusionSystem(pl.LightningModule):
+    """A `Diffusion`, its moving average, and how the two are trained, validated and sampled.
+
+    `shapes`: what is generated, name to shape without batch, in the order of the network's inputs.
+    `rates`: steps a second of each modality (frames, samples), for who writes files.
+    `optimizer`, `ema`, `lr_schedule`: called with parameters, model, optimiser.
+    `codec`: between that and what is diffused; the data itself without one.
+    `weights`: factor of each modality's loss; 1 where none is given.
+    `sampler`, `guides`: what sampling uses unless told otherwise.
+    `shift`: of cross-modal attention windows; "none" leaves them where they are, "fixed" moves each
+    block's by a fixed amount, "seeded" draws one per step (Ruan et al. 2023, section 3.2.2).
+    """
+
+    def __init__(
+        self,
+        *,
+        diffusion: Diffusion,
+        shapes: dict[str, list[int]],
+        rates: dict[str, float],
+        optimizer: Callable,
+        ema: Callable[..., EMA],
+        sampler: Sampler,
+        guides: dict[str, Guide] | None = None,
+        codec: nn.Module | None = None,
+        lr_schedule: Callable | None = None,
+        weights: dict[str, float] | None = None,
+        shift: str = "seeded",
+        val_times: int = 4,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if shift not in SHIFTS:
+            raise ValueError(f"shift={shift!r} is not one of {', '.join(SHIFTS)}")
+        unknown = set(weights or {}) - set(shapes)
+        if unknown:
+            raise ValueError(f"weights for {sorted(unknown)}, but only {list(shapes)} is diffused")
+        self.model = diffusion
+        self.ema = ema(diffusion)
+        self.codec = codec or Identity()
+        self.shapes, self.rates, self.weights = shapes, rates, weights or {}
+        self.optimizer, self.lr_schedule = optimizer, lr_schedule
+        self.sampler, self.guides = sampler, list((guides or {}).values())
+        self.shift, self.val_times, self.seed = shift, val_times, seed
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: dict, _: int) -> Tensor:
+        x0 = self.encode(batch)
+        noise = Noise(self.seed, batch["position"], "train", device=str(self.device))
+        t = self.model.density(noise.uniform(), self.model.path)
+        cond = self.shifts("train", self.global_step)
+        losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
+        return self.log_losses("train", losses, len(t), prog_bar=True)
+
+    def validation_step(self, batch: dict, _: int) -> None:
+        """The averaged model's loss at fixed times and noises: comparable from step to step."""
+        x0, path = self.encode(batch), self.model.path
+        index, times = batch["index"].tolist(), []
+        for k in range(self.val_times):
+            t = path.t_min + (path.t_max - path.t_min) * (k + 0.5) / self.val_times
+            t = torch.full((len(index),), t, dtype=torch.float64)
+            noise = Noise(self.seed, index, f"val/{k}", device=str(self.device)).like(x0)
+            times.append(self.ema.ema_model.loss(x0, self.shifts("val", k), t=t, noise=noise))
+            for name, value in times[-1].items():
+                self.log(
+                    f"val/loss_{name}_t{k}", value.mean(), sync_dist=True, batch_size=len(index)
+                )
+        mean = {name: torch.stack([each[name] for each in times]).mean(0) for name in times[0]}
+        self.log_losses("val", mean, len(index), sync_dist=True)
+
+    def log_losses(self, stage: str, losses: dict, count: int, **options) -> Tensor:
+        """Logs each modality's mean; returns (and logs) their weighted sum."""
+        means = {name: value.mean() for name, value in losses.items()}
+        total = sum(self.weights.get(n.removesuffix("_vb"), 1.0) * v for n, v in means.items())
+        logged = {f"{stage}/loss_{name}": value.detach() for name, value in means.items()}
+        self.log_dict({f"{stage}/loss": total.detach(), **logged}, batch_size=count, **options)
+        return total
+
+    def encode(self, batch: dict) -> Media:
+        """What is diffused of a batch; its integers are pixels or PCM samples, its floats in [-1, 1]."""
+        missing = [name for name in self.shapes if name not in batch]
+        if missing:
+            raise ValueError(f"the data has no {missing}: a batch holds {sorted(batch)}")
+        for name, shape in self.shapes.items():
+            if list(batch[name].shape[1:]) != list(shape):
+                raise ValueError(
+                    f"{name} comes as {list(batch[name].shape[1:])}, the model expects "
+                    f"{list(shape)}: give data and model the same frames, size and samples"
+                )
+        with torch.no_grad():
+            return self.codec.encode(Media({name: _unit(batch[name]) for name in self.shapes}))
+
+    def latent(self, count: int) -> Media:
+        """An empty batch in the shapes that are diffused."""
+        clip = {k: torch.empty(count, *shape, device="meta") for k, shape in self.shapes.items()}
+        return self.codec.encode(Media(clip)).map(lambda v: torch.empty_like(v, device=self.device))
+
+    def shifts(self, *moment: object) -> dict[str, Tensor]:
+        """Condition entry with one window shift per cross-modal block, a function of `moment`."""
+        ranges = getattr(self.model.net, "shift_ranges", None)
+        if ranges is None or self.shift == "none":
+            return {}
+        moment = moment if self.shift == "seeded" else ("fixed",)
+        limits = ranges(next(iter(self.latent(1).values())).shape[2])
+        drawn = [
+            key(self.seed, "shift", *moment, block) % (limit + 1)
+            for block, limit in enumerate(limits)
+        ]
+        return {"shifts": torch.tensor(drawn, device=self.device)}
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer(self.model.parameters())
+        if self.lr_schedule is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_schedule(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["avdiffusion"] = {"format": FORMAT, "version": version("avdiffusion")}
+
+    # ---------------------------------------------------------------- sampling
+
+    def sample(
+        self, num: int = 4, *, seed: int = 0, index: Sequence[int] | None = None, **options
+    ) -> Media:
+        """Samples 0..num-1 (or those of `index`) as one Media on the CPU; see `samples`."""
+        index = range(num) if index is None else index
+        parts = [x for _, x in self.samples(index, seed=seed, **options)]
+        return reduce(lambda a, b: a.map(lambda v, w: torch.cat([v, w]), b), parts)
+
+    @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
+    def samples(
+        self,
+        index: Sequence[int],
+        *,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        guides: Sequence[Guide] | None = None,
+        micro_batch: int = 8,
+        progress: Callable[[], object] | None = None,
+    ) -> Iterator[tuple[list[int], Media]]:
+        """(indices, samples in about [-1, 1] on the CPU), `micro_batch` at a time.
+
+        Sample i of a seed is the same whichever others are asked for. That needs batches of one
+        size (kernels round differently at others), so the last one is filled up and cut.
+        `progress` is called after every state of the sampler.
+        """
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} is below 1")
+        sampler, guides = sampler or self.sampler, self.guides if guides is None else guides
+        model, index = self.ema.ema_model.eval(), list(index)
+        for at in range(0, len(index), micro_batch):
+            group = index[at : at + micro_batch]
+            noise = Noise(seed, group + [group[-1]] * (micro_batch - len(group)), "sample")
+            start = noise.fork("start").like(self.latent(micro_batch))
+            x = model.path.sigma(torch.tensor(model.path.t_max)) * start
+
+            def denoise(x: Media, t: Tensor):
+                return model.predict(x, t, self.shifts("sample", seed, float(t)))
+
+            for guide in guides:
+                denoise = guide(denoise, Task(model.path))
+            for x in sampler(denoise, x, model.path, noise=noise.fork("step")):
+                if progress is not None:
+                    progress()
+            clips = self.codec.decode(x)
+            yield group, clips.map(lambda v, n=len(group): v[:n].float().cpu())
+
+
+def _unit(value: Tensor) -> Tensor:
+    if value.dtype == torch.uint8:
+        return value.float() / 127.5 - 1
+    if value.dtype == torch.int16:
+        return value.float() / 32768
+    return value.float()

@@ -1,0 +1,231 @@
+"""Generated clips as one HTML page that needs nothing beside it."""
+
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+LIMIT = 48 * 2**20  # bytes of clips and pictures in one page; browsers handle more, slowly
+LABELS = {
+    "avcorr": "AVCorr: motion against sound onsets",
+    "toy_f1": "F1: clicks heard against impacts seen",
+}
+COLUMNS = ("generated", "mismatched", "real")
+
+
+class Entry(NamedTuple):
+    """One clip of a page: a name, what is said of it, the player's file and its strip (PNG)."""
+
+    name: str
+    caption: str
+    clip: bytes | Path | None = None  # mp4 as bytes, or a file that browsers play
+    strip: bytes | None = None
+
+
+def score_rows(
+    generated: Mapping[str, float], real: Mapping[str, float] | None = None
+) -> dict[str, dict[str, float]]:
+    """Scores with a level of chance (`x` beside `x_mismatched`) as rows of COLUMNS.
+
+    `generated` and `real` are what `metrics.sync.sync_scores` says of each set.
+    """
+    rows = {}
+    for key in generated:
+        if f"{key}_mismatched" in generated:
+            rows[key] = {"generated": generated[key], "mismatched": generated[f"{key}_mismatched"]}
+            if real and key in real:
+                rows[key]["real"] = real[key]
+    return rows
+
+
+def player(clip: bytes | Path, attributes: str = "controls") -> str:
+    """A looping player with the clip inside, so that picture and sound play wherever it is."""
+    kind, data = _media(clip)
+    source = f"data:{kind};base64,{b64encode(data).decode()}"
+    if kind.startswith("video"):
+        return f'<video loop playsinline preload="auto" {attributes} src="{source}"></video>'
+    if kind.startswith("audio"):
+        return f'<audio loop preload="auto" controls src="{source}"></audio>'
+    return f'<img alt="" src="{source}">'
+
+
+def gallery_html(
+    title: str,
+    entries: Sequence[Entry],
+    *,
+    settings: Mapping[str, object] | None = None,
+    scores: Mapping[str, Mapping[str, float]] | None = None,
+    limit: int = LIMIT,
+) -> str:
+    """A page of looping players, each with its caption and its strip, over settings and scores.
+
+    `scores`: row to {generated, mismatched, real}, see `score_rows`. Once the media would exceed
+    `limit` bytes the remaining clips are counted instead of shown.
+    """
+    cards, size = [], 0
+    for entry in entries:
+        card = _card(entry)
+        size += len(card)
+        if size > limit:
+            break
+        cards.append(card)
+    left = len(entries) - len(cards)
+    more = f"<p class=more>{left} more in this folder, left out to keep the page small.</p>"
+    return PAGE.format(
+        title=escape(title),
+        count=f"{len(entries)} clip{'s' * (len(entries) != 1)}",
+        style=STYLE.replace("OFF", _icon(CROSS)).replace("ON", _icon(WAVES)),
+        script=SCRIPT,
+        scores=_scores(scores or {}),
+        settings=_settings(settings or {}),
+        cards="\n".join(cards),
+        more=more if left else "",
+    )
+
+
+def _card(entry):
+    clip = ""
+    if entry.clip is not None:
+        clip = f"<div class=clip>{player(entry.clip, 'controls muted')}</div>"
+    strip = ""
+    if entry.strip is not None:
+        source = f"data:image/png;base64,{b64encode(entry.strip).decode()}"
+        strip = '<button class=strip title="enlarge"><img alt="frames, waveform and spectrogram '
+        strip += f'of {escape(entry.name)}" src="{source}"></button>'
+    name, caption = escape(entry.name), escape(entry.caption)
+    return (
+        f'<figure id="{name}">{clip}{strip}'
+        f"<figcaption><b>{name}</b> {caption}</figcaption></figure>"
+    )
+
+
+def _media(clip):
+    if isinstance(clip, bytes):
+        return "video/mp4", clip
+    kinds = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".gif": "image/gif"}
+    return kinds[clip.suffix], clip.read_bytes()
+
+
+def _scores(scores):
+    if not scores:
+        return ""
+    head = "".join(f"<th>{c}" for c in COLUMNS)
+    body = ""
+    for key, row in scores.items():
+        cells = "".join(f"<td>{_number(row.get(c))}{_bar(row.get(c))}" for c in COLUMNS)
+        body += f"<tr><th>{escape(LABELS.get(key, key))}{cells}"
+    note = "mismatched: the same pictures beside the sound of other clips, the level of chance"
+    return f"<table class=scores><caption>{note}</caption><tr><th>{head}{body}</table>"
+
+
+def _settings(settings):
+    rows = "".join(
+        f"<tr><th>{escape(str(key))}<td>{escape(_plain(value))}" for key, value in settings.items()
+    )
+    return f"<table class=settings>{rows}</table>" if rows else ""
+
+
+def _plain(value):
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _number(value):
+    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _bar(value):
+    share = 0 if value is None or math.isnan(value) else min(max(value, 0), 1)
+    return f'<i style="width:{100 * share:.0f}%"></i>'
+
+
+def _icon(beside):
+    shape = f"M3 9v6h4l5 4V5L7 9z{beside}"
+    svg = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24' fill='none' stroke='white' "
+    svg += f"stroke-width='1.8' stroke-linejoin='round' stroke-linecap='round'><path d='{shape}'/>"
+    return f'url("data:image/svg+xml,{quote(svg + "</svg>")}")'
+
+
+PAGE = """<!doctype html>
+<html lang=en><head><meta charset=utf-8>
+<meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>{style}</style></head><body>
+<header><h1>{title}</h1><p>{count} · click a clip to hear it, a strip to enlarge it</p></header>
+<section class=facts>{scores}{settings}</section>
+<main>
+{cards}
+</main>{more}
+<dialog><img alt=""></dialog>
+<script>{script}</script></body></html>
+"""
+
+CROSS, WAVES = "M16 9l6 6M22 9l-6 6", "M16 8q3 4 0 8M19 5q5 7 0 14"
+STYLE = """
+:root{color-scheme:light dark;--ground:#f6f6f4;--card:#fff;--ink:#1d2025;--soft:#6a707a;
+--line:#e2e2de;--accent:#2f6fde}
+@media(prefers-color-scheme:dark){:root{--ground:#0e1013;--card:#171a20;--ink:#e4e7ec;
+--soft:#8d95a3;--line:#282d36;--accent:#6cb6ff}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1240px;padding:32px 24px 64px;background:var(--ground);
+color:var(--ink);font:15px/1.45 system-ui,sans-serif}
+h1{font-size:22px;font-weight:650;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
+header p,.more{color:var(--soft);margin:4px 0 24px}
+.facts{display:flex;flex-wrap:wrap;gap:16px 48px;align-items:flex-start;margin-bottom:28px}
+table{border-collapse:collapse;font-size:13.5px}
+th{font-weight:400;text-align:left;color:var(--soft);padding:4px 20px 4px 0}
+td{padding:4px 20px 4px 0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+tr+tr{border-top:1px solid var(--line)}
+caption{caption-side:bottom;text-align:left;color:var(--soft);font-size:12px;padding-top:6px}
+.scores td{min-width:96px;font-size:16px}
+.scores i{display:block;height:3px;border-radius:2px;background:var(--accent);margin-top:2px}
+.scores td+td i{background:var(--soft);opacity:.6}
+main{display:grid;gap:18px;grid-template-columns:repeat(auto-fill,minmax(250px,1fr))}
+figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:10px;
+overflow:hidden}
+.clip{position:relative;background:#000;line-height:0}
+video,.clip img{width:100%;image-rendering:pixelated;cursor:pointer}
+.clip audio{width:100%;margin:12px 0}
+.live::after{content:"";position:absolute;right:8px;bottom:8px;width:28px;height:28px;
+border-radius:7px;background:OFF center/18px no-repeat #000a;pointer-events:none}
+.live.on::after{background-image:ON}
+.live.on{outline:2px solid var(--accent);outline-offset:-2px}
+.strip{display:block;width:100%;border:0;padding:0;background:none;cursor:zoom-in}
+.strip img{display:block;width:100%}
+figcaption{padding:8px 12px 10px;font-size:13px;color:var(--soft);overflow-wrap:anywhere}
+figcaption b{color:var(--ink);font-weight:600;margin-right:6px}
+dialog{border:0;padding:0;background:none;max-width:96vw;max-height:96vh}
+dialog::backdrop{background:#000c}
+dialog img{display:block;width:min(96vw,1536px);cursor:zoom-out;border-radius:6px}
+"""
+
+SCRIPT = """
+const still = matchMedia('(prefers-reduced-motion: reduce)').matches;
+const clips = [...document.querySelectorAll('video')];
+const quiet = v => { v.muted = true; v.parentElement.classList.remove('on'); };
+const seen = new IntersectionObserver(all => all.forEach(({target: v, isIntersecting: shown}) => {
+  if (!shown) { v.pause(); quiet(v); } else if (!still) v.play().catch(() => {});
+}));
+clips.forEach(v => {
+  v.controls = false;
+  v.parentElement.classList.add('live');
+  v.onloadedmetadata = () => { if (v.videoWidth >= 160) v.style.imageRendering = 'auto'; };
+  v.onclick = () => {
+    const loud = v.muted || v.paused;
+    clips.forEach(quiet);
+    if (!loud) return still && v.pause();
+    v.muted = false; v.currentTime = 0; v.parentElement.classList.add('on'); v.play();
+  };
+  seen.observe(v);
+});
+const box = document.querySelector('dialog');
+box.onclick = () => box.close();
+document.querySelectorAll('.strip').forEach(b => b.onclick = () => {
+  box.firstElementChild.src = b.firstElementChild.src; box.showModal();
+});
+"""

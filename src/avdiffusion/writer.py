@@ -1,0 +1,223 @@
+"""Samples as files of one folder: clips, their strips, a record, a contact sheet and a page."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from avdiffusion import io
+from avdiffusion.gallery import Entry, gallery_html
+from avdiffusion.strip import contact_sheet, strip
+
+NEEDS = {"mp4": ["video"], "webm": ["video"], "gif": ["video"], "wav": ["audio"], "png": []}
+SHEET = 64  # strips on a contact sheet at most
+CLIP = re.compile(r"\d{6,}\.(mp4|webm|gif|wav|png)|contact\.png|gallery\.html|samples\.json")
+
+
+class ClipWriter:
+    """Writes sample i as `<i:06d>.mp4`, `.wav`, `.gif`, `.webm` and `.png` (its strip).
+
+    Every file appears complete or not at all. `settings` is what the samples depend on
+    (checkpoint hash, sampler, seed, guides): it is kept in `samples.json` from the start, and a
+    folder that holds samples of other settings is refused unless `overwrite`, which empties it.
+    `info` is shown beside it and may differ. `rates`: {"video": frames a second, "audio": Hz};
+    formats of a modality that has no rate are left out.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        rates: Mapping[str, float],
+        settings: Mapping[str, object],
+        info: Mapping[str, object] | None = None,
+        save: Sequence[str] = ("mp4", "wav", "png"),
+        overwrite: bool = False,
+    ):
+        unknown = [name for name in save if name not in NEEDS]
+        if unknown:
+            raise ValueError(f"save={list(save)}: {unknown[0]!r} is none of {', '.join(NEEDS)}")
+        self.out, self.rates = Path(out), {k: _exact(v) for k, v in rates.items()}
+        self.save = [f for f in save if all(need in rates for need in NEEDS[f])]
+        if not self.save:
+            raise ValueError(f"save={list(save)} leaves nothing to write for {sorted(rates)}")
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.info = json.loads(json.dumps(dict(info or {}), default=str))
+        self.samples = {}  # index to what samples.json says of it
+        self.scores = {}
+        self.strips = {}  # index to PNG bytes, where they are not in a file
+        self.out.mkdir(parents=True, exist_ok=True)
+        for part in self.out.glob(".*.part*"):
+            part.unlink()
+        if overwrite:
+            for file in self.out.iterdir():
+                if CLIP.fullmatch(file.name):
+                    file.unlink()
+        self._continue()
+        self._record()
+
+    def file(self, index: int, suffix: str) -> Path:
+        return self.out / f"{index:06d}.{suffix}"
+
+    def missing(self, indices: Iterable[int]) -> list[int]:
+        """Those of `indices` of which a requested file is not there yet."""
+        return [i for i in indices if not all(self.file(i, f).is_file() for f in self.save)]
+
+    def add(self, indices: Sequence[int], media: Mapping[str, Tensor]) -> None:
+        """Writes a batch: video [B, 3, T, H, W], audio [B, C, L], both in [-1, 1].
+
+        Values outside are clipped and their share is recorded.
+        """
+        self.scores = {}  # of fewer samples
+        for k, index in enumerate(indices):
+            self._write(index, {name: value[k] for name, value in media.items()})
+        self._record()
+
+    def finish(
+        self, *, scores: Mapping[str, Mapping[str, float]] | None = None, title: str = "Samples"
+    ) -> Path:
+        """Writes scores, contact sheet and page over all samples here; returns the page."""
+        if scores is not None:
+            rows = {key: {k: _finite(v) for k, v in row.items()} for key, row in scores.items()}
+            self.scores = rows
+        self._record()
+        strips = {i: self._strip(i) for i in sorted(self.samples)[:SHEET]}
+        shown = [i for i, png in strips.items() if png is not None]
+        if shown:
+            pictures = [Image.open(BytesIO(strips[i])) for i in shown]
+            sheet = contact_sheet(pictures, [f"{i:06d}" for i in shown])
+            write_whole(self.out / "contact.png", _png(sheet))
+        facts = {**self.settings, **self.info, **_rate_texts(self.rates)}
+        page = gallery_html(title, self.entries(), settings=facts, scores=self.scores)
+        return write_whole(self.out / "gallery.html", page.encode())
+
+    def entries(self) -> list[Entry]:
+        """All samples of the folder, in order, as a page shows them."""
+        seed = f"seed {self.settings['seed']}" if "seed" in self.settings else ""
+        return [
+            Entry(f"{i:06d}", seed, self._player(i), self._strip(i)) for i in sorted(self.samples)
+        ]
+
+    def _write(self, index, media):
+        outside = {name: ~(value.abs() <= 1) for name, value in media.items()}  # NaN too
+        clipped = {name: round(float(mask.float().mean()), 6) for name, mask in outside.items()}
+        video = pixels(media["video"]) if "video" in media else None
+        audio = sound(media["audio"]) if "audio" in media else None
+        fps, sample_rate = self.rates.get("video"), self.rates.get("audio")
+        for kind in self.save:
+            path = self.file(index, kind)
+            if kind in ("mp4", "webm"):
+                write = io.write_mp4 if kind == "mp4" else io.write_webm
+                write(path, video, audio, fps=fps, sample_rate=sample_rate)
+            elif kind == "wav":
+                io.write_wav(path, audio, sample_rate=sample_rate)
+            elif kind == "gif":
+                io.write_gif(path, video, fps=fps)
+        png = _png(strip(video, audio, fps=fps, sample_rate=sample_rate))
+        if "png" in self.save:
+            write_whole(self.file(index, "png"), png)
+        elif len(self.strips) < SHEET:
+            self.strips[index] = png
+        self.samples[index] = {"files": self._files(index), "clipped": clipped}
+
+    def _continue(self):
+        """Takes over what an earlier run wrote here, if its settings were the same."""
+        found = [f for f in self.out.iterdir() if re.fullmatch(r"\d{6,}\.\w+", f.name)]
+        record = self.out / "samples.json"
+        if not record.is_file():
+            if found:
+                self._refuse("clips of unknown settings (samples.json is missing)")
+            return
+        before = json.loads(record.read_text())
+        mine = {**self.settings, **self.rates}
+        theirs = {**before.get("settings", {}), **before.get("rates", {})}
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                there, here = json.dumps(theirs.get(name)), json.dumps(mine.get(name))
+                self._refuse(f"samples of other settings ({name}: {there} there, {here} here)")
+        self.scores = before.get("scores", {})
+        known = {sample["index"]: sample for sample in before.get("samples", [])}
+        complete = {int(f.stem) for f in found} - set(self.missing({int(f.stem) for f in found}))
+        for index in complete:
+            clipped = known.get(index, {}).get("clipped", {})
+            self.samples[index] = {"files": self._files(index), "clipped": clipped}
+
+    def _refuse(self, what):
+        raise ValueError(
+            f"{self.out} already holds {what}: choose another folder with out=, "
+            "or overwrite=true to replace them"
+        )
+
+    def _files(self, index):
+        return [self.file(index, f).name for f in NEEDS if self.file(index, f).is_file()]
+
+    def _record(self):
+        samples = [{"index": i, **self.samples[i]} for i in sorted(self.samples)]
+        names = sorted({name for sample in samples for name in sample["clipped"]})
+        record = {
+            "settings": self.settings,
+            "info": self.info,
+            "rates": self.rates,
+            "scores": self.scores,
+            "clipped": {n: _mean([s["clipped"].get(n, 0) for s in samples]) for n in names},
+            "samples": samples,
+        }
+        write_whole(self.out / "samples.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    def _strip(self, index):
+        path = self.file(index, "png")
+        return path.read_bytes() if path.is_file() else self.strips.get(index)
+
+    def _player(self, index):
+        paths = (self.file(index, f) for f in ("mp4", "webm", "gif", "wav"))
+        return next((path for path in paths if path.is_file()), None)
+
+
+def pixels(video: Tensor) -> np.ndarray:
+    """Video in [-1, 1] as uint8, rounded to the nearest level; values outside are clipped."""
+    return ((video.float().nan_to_num(0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def sound(audio: Tensor) -> np.ndarray:
+    """Audio as float32 clipped to [-1, 1], silence where it is not a number."""
+    return audio.float().nan_to_num(0).clamp(-1, 1).numpy()
+
+
+def write_whole(path: Path, data: bytes) -> Path:
+    """The file appears under its name only when all of it is on the disk."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _png(picture):
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _exact(rate):
+    return int(rate) if float(rate).is_integer() else float(rate)
+
+
+def _rate_texts(rates):
+    units = {"video": "frames a second", "audio": "samples a second"}
+    return {name: f"{rate:g} {units.get(name, 'a second')}" for name, rate in rates.items()}
+
+
+def _finite(value):
+    return float(value) if np.isfinite(value) else None
+
+
+def _mean(values):
+    return round(sum(values) / len(values), 6)

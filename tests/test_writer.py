@@ -1,0 +1,180 @@
+"""A folder of samples: complete, resumable, and of one kind."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from avdiffusion.writer import ClipWriter, pixels
+
+av = pytest.importorskip("av")
+RATES = {"video": 10.0, "audio": 8000.0}
+
+
+def media(count=2, seed=0, loud=0.5):
+    rng = torch.Generator().manual_seed(seed)
+    video = torch.rand(count, 3, 8, 16, 16, generator=rng) * 2 - 1
+    return {"video": video, "audio": loud * torch.randn(count, 1, 6400, generator=rng).clamp(-2, 2)}
+
+
+def writer(out, seed=0, **options):
+    return ClipWriter(out, rates=RATES, settings={"checkpoint": "abc", "seed": seed}, **options)
+
+
+def test_writes_every_format(tmp_path):
+    save = ("mp4", "webm", "gif", "wav", "png")
+    w = writer(tmp_path, save=save)
+    w.add([0, 7], media())
+    page = w.finish(scores={"f1": {"generated": 0.5, "mismatched": 0.1, "real": float("nan")}})
+    clips = {f"{i:06d}.{kind}" for i in (0, 7) for kind in save}
+    files = {"samples.json", "contact.png", "gallery.html"}
+    assert {f.name for f in tmp_path.iterdir()} == clips | files
+    with av.open(tmp_path / "000007.mp4") as file:
+        assert file.streams.video[0].average_rate == 10
+        assert len(file.streams.audio) == 1
+    assert Image.open(tmp_path / "contact.png").width > 400
+    assert page.read_text().count("data:video/mp4") == 2
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["settings"] == {"checkpoint": "abc", "seed": 0}
+    assert record["rates"] == {"video": 10, "audio": 8000}
+    assert record["scores"]["f1"] == {"generated": 0.5, "mismatched": 0.1, "real": None}
+    assert [s["index"] for s in record["samples"]] == [0, 7]
+    assert set(record["samples"][1]["files"]) == {f for f in clips if f.startswith("000007")}
+
+
+def test_pixels_are_rounded_and_clipped():
+    levels = torch.arange(256).float() / 127.5 - 1
+    assert pixels(levels).tolist() == list(range(256))
+    assert pixels(levels + 0.45 / 127.5).tolist() == list(range(256))
+    assert pixels(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_not_a_number_becomes_grey_and_silent(tmp_path):
+    clips = {name: torch.full_like(value, float("nan")) for name, value in media(1).items()}
+    w = writer(tmp_path)
+    w.add([0], clips)
+    w.finish()
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["clipped"] == {"audio": 1.0, "video": 1.0}
+
+
+def test_share_of_clipped_values_is_recorded(tmp_path):
+    clips = media()
+    clips["audio"] = torch.zeros_like(clips["audio"])
+    clips["audio"][0, 0, :1600] = 2.0
+    w = writer(tmp_path)
+    w.add([0, 1], clips)
+    w.finish()
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["samples"][0]["clipped"] == {"video": 0.0, "audio": 0.25}
+    assert record["clipped"] == {"audio": 0.125, "video": 0.0}
+    with av.open(tmp_path / "000000.wav") as file:
+        wave = np.concatenate([f.to_ndarray() for f in file.decode(audio=0)], 1)
+    assert wave.max() == 32767
+
+
+def test_finished_samples_are_skipped(tmp_path):
+    w = writer(tmp_path)
+    assert w.missing(range(4)) == [0, 1, 2, 3]
+    w.add([0, 1], media())
+    before = (tmp_path / "000000.mp4").stat().st_mtime_ns
+    again = writer(tmp_path)
+    assert again.missing(range(4)) == [2, 3]
+    (tmp_path / "000001.wav").unlink()
+    assert writer(tmp_path).missing(range(4)) == [1, 2, 3]
+    again = writer(tmp_path, save=("mp4", "gif"))
+    assert again.missing([0]) == [0]
+    again = writer(tmp_path)
+    again.add([1, 2], media())
+    again.finish()
+    assert (tmp_path / "000000.mp4").stat().st_mtime_ns == before
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert [s["index"] for s in record["samples"]] == [0, 1, 2]
+    assert (tmp_path / "gallery.html").read_text().count("data:video/mp4") == 3
+
+
+def test_other_settings_are_refused_and_replaced_on_demand(tmp_path):
+    writer(tmp_path).add([0, 1], media())
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here.*out=.*overwrite=true"):
+        writer(tmp_path, seed=1)
+    assert len(list(tmp_path.glob("*.mp4"))) == 2
+    (tmp_path / "mine.txt").write_text("notes")
+    w = writer(tmp_path, seed=1, overwrite=True)
+    assert w.missing([0, 1]) == [0, 1]
+    assert {f.name for f in tmp_path.iterdir()} == {"mine.txt", "samples.json"}
+    w.add([0], media(1))
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(ValueError, match=r"unknown settings"):
+        writer(tmp_path, seed=1)
+
+
+def test_scores_stay_until_samples_are_added(tmp_path):
+    w = writer(tmp_path)
+    w.add([0], media(1))
+    w.finish(scores={"avcorr": {"generated": 0.25}})
+    assert "0.250" in writer(tmp_path).finish().read_text()
+    w = writer(tmp_path)
+    w.add([1], media(1))
+    assert "0.250" not in w.finish().read_text()
+
+
+def test_info_may_differ(tmp_path):
+    writer(tmp_path, info={"path": "a"}).add([0], media(1))
+    assert writer(tmp_path, info={"path": "b"}).missing([0]) == []
+
+
+def test_a_modality_may_be_missing(tmp_path):
+    clips = media()
+    rates = {"audio": 8000}
+    w = ClipWriter(tmp_path / "a", rates=rates, settings={"seed": 0})
+    w.add([0, 1], {"audio": clips["audio"]})
+    w.finish()
+    assert (tmp_path / "a" / "000001.wav").is_file()
+    assert not list((tmp_path / "a").glob("*.mp4"))
+    w = ClipWriter(tmp_path / "v", rates={"video": 10}, settings={"seed": 0})
+    w.add([0, 1], {"video": clips["video"]})
+    assert "data:video/mp4" in w.finish().read_text()
+    with pytest.raises(ValueError, match="nothing to write"):
+        ClipWriter(tmp_path / "n", rates=rates, settings={}, save=["mp4"])
+    with pytest.raises(ValueError, match="avi"):
+        ClipWriter(tmp_path / "n", rates=RATES, settings={}, save=["avi"])
+
+
+KILLED = """
+import os, sys, torch
+from avdiffusion.writer import ClipWriter
+w = ClipWriter(sys.argv[1], rates={"video": 10.0, "audio": 8000.0}, settings={"seed": 0})
+left, replace = int(sys.argv[2]), os.replace
+def dying(a, b):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    replace(a, b)
+os.replace = dying
+torch.manual_seed(0)
+for i in range(3):
+    w.add([i], {"video": torch.rand(1, 3, 8, 16, 16), "audio": torch.rand(1, 1, 6400)})
+"""
+
+
+@pytest.mark.parametrize(
+    ("after", "whole"),
+    [(0, []), (5, ["000000.mp4", "000000.png", "000000.wav", "000001.mp4"])],
+)
+def test_killed_in_the_middle_leaves_no_partial_file(tmp_path, after, whole):
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(after)]
+    assert subprocess.run(command, check=False).returncode == 9
+    names = sorted(f.name for f in tmp_path.iterdir() if not f.name.startswith("."))
+    assert names == [*whole, "samples.json"]
+    for name in names:
+        if name.endswith((".mp4", ".wav")):
+            with av.open(tmp_path / name) as file:
+                assert len(list(file.decode(audio=0))) > 0
+    w = ClipWriter(tmp_path, rates=RATES, settings={"seed": 0})
+    assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
+    assert w.missing(range(3)) == ([0, 1, 2] if after == 0 else [1, 2])

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from avdiffusion import checkpoint
-from avdiffusion.metrics.sync import sync_scores
 from avdiffusion.writer import ClipWriter
 
 log = logging.getLogger("avdiffusion")
@@ -28,7 +27,8 @@ def sample(config: DictConfig) -> None:
     chosen = {"sampler": config.sampler, "guide": config.guide}
     system = checkpoint.load(path, trust=config.trust, device=config.device, replace=chosen)
     index = list(config.index) if config.index is not None else list(range(config.num))
-    out = Path(config.out or path.parent.parent / "samples" / f"{path.stem}_seed{config.seed}")
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = Path(config.out or run / "samples" / f"{path.stem}_{config.tag}")
     settings = {
         "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "sampler": system.config["sampler"],
@@ -48,12 +48,8 @@ def sample(config: DictConfig) -> None:
     if len(missing) < len(index):
         log.info("%d of %d samples are already in %s", len(index) - len(missing), len(index), out)
     with tqdm(total=len(missing), unit="clip", disable=not missing) as bar:
-        for group, clips in system.samples(
-            missing,
-            seed=config.seed,
-            micro_batch=config.micro_batch,
-            progress=bar.refresh,
-        ):
+        options = {"seed": config.seed, "micro_batch": config.micro_batch}
+        for group, clips in system.samples(missing, progress=bar.refresh, **options):
             writer.add(group, clips)
             bar.update(len(group))
     log.info("%d samples in %s; open %s", len(index), out, writer.finish(title=out.name))

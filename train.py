@@ -8,6 +8,7 @@
 """
 
 import logging
+import warnings
 
 import hydra
 import pytorch_lightning as pl
@@ -20,7 +21,8 @@ log = logging.getLogger("avdiffusion")
 
 def train(config: DictConfig) -> float | None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    # Lightning's notes on devices and on its other products.
+    # Lightning's notes on devices and its other products, and on torch's internals.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     plain = checkpoint.plain(config)
     resume = checkpoint.find(config.ckpt, config.paths.runs) if config.ckpt else None

@@ -1,12 +1,13 @@
 """Configs and checkpoints: composing, building, finding and safely loading; Hydra's only door."""
 
 import hashlib
-import importlib
+import logging
 import os
 import pickle
 import re
+import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -22,10 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from avdiffusion.systems.diffusion import FORMAT, DiffusionSystem
+from avdiffusion.trust import objections
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TRUSTED = ("avdiffusion.diffusion", "avdiffusion.nn", "avdiffusion.samplers", "avdiffusion.systems")
-TRUSTED_LIBRARIES = ("torch.nn", "torch.optim", "ema_pytorch")
+BUILT = ("model", "sampler", "guide")  # what of a stored config becomes objects
+# What reading a damaged or forged file may end in, besides UnpicklingError.
+UNREADABLE = (RuntimeError, EOFError, BadZipFile, LookupError, OSError, ValueError, TypeError)
+UNREADABLE += (AttributeError, AssertionError, MemoryError, OverflowError, struct.error)
+
+log = logging.getLogger("avdiffusion")
 
 
 class CheckpointError(ValueError):
@@ -93,18 +99,22 @@ def read(ckpt: str | Path) -> dict:
             f"{path} is refused: it holds more than tensors and plain values "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, KeyError, OSError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
-    if not isinstance(stored, dict) or "avdiffusion" not in stored:
+    mark = stored.get("avdiffusion") if isinstance(stored, dict) else None
+    if not isinstance(mark, dict) or not isinstance(mark.get("format"), int):
         raise CheckpointError(
             f"{path} is no avdiffusion checkpoint: it carries no format version. Published weights "
             "have to be converted first"
         )
-    if stored["avdiffusion"]["format"] > FORMAT:
+    if mark["format"] > FORMAT:
         raise CheckpointError(
-            f"{path} has format {stored['avdiffusion']['format']}, this version reads up to "
-            f"{FORMAT}: update avdiffusion"
+            f"{path} has format {mark['format']}, this version reads up to {FORMAT}: update "
+            "avdiffusion"
         )
+    config = stored.get("hyper_parameters")
+    if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in BUILT):
+        raise CheckpointError(f"{path} is damaged: its config lacks one of {', '.join(BUILT)}")
     return stored
 
 
@@ -117,21 +127,32 @@ def load(
 ) -> DiffusionSystem:
     """The system a checkpoint describes, with its weights, ready to sample.
 
-    The stored config may build only what `check` allows; `trust=True` lifts that for a file whose
-    origin is known. `replace` may hold another `sampler` and `guide`: keys without a `_target_` are
-    merged over what is stored. The config in force stays at `system.config`.
+    The stored config may build only what `trust.objections` has nothing against; `trust=True` lifts
+    that for a file whose origin is known. `replace` may hold another `sampler` and `guide`, or
+    settings to put on the stored ones (`merged`). The config in force stays at `system.config`.
     """
     stored = read(ckpt)
     config = stored["hyper_parameters"]
-    if not trust:
-        check(config, source=str(ckpt))
+    for objection in objections({part: config[part] for part in BUILT}):
+        if not trust:
+            raise CheckpointError(
+                f"{ckpt} is refused: {objection}. If you know where the file is from, allow that "
+                "with trust=true"
+            )
+        log.warning("%s is trusted, although %s", ckpt, objection)
     for name, place in (("sampler", "sampler"), ("guide", "guides")):
-        config[name] = merged(config[name], (replace or {}).get(name) or {}, name)
+        if name in (replace or {}):
+            config[name] = merged(config[name], replace[name], name)
         config["model"][place] = config[name]
-    system = build(config["model"])
+    try:
+        system = build(config["model"])
+    except (HydraException, OmegaConfBaseException, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{ckpt} describes no model: {message(error)}") from error
+    if not isinstance(system, DiffusionSystem):
+        raise CheckpointError(f"{ckpt} describes a {type(system).__name__}, not a DiffusionSystem")
     try:
         system.load_state_dict(stored["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{ckpt} does not fit its own config: {first_line(error)}") from error
     system.config = config
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,60 +160,16 @@ def load(
 
 
 def merged(stored: dict, given: Any, name: str) -> dict:
-    """`given` in place of `stored` if it names classes of its own, else merged over it."""
+    """`given`, or if that says `stored: true`, what is stored with the other keys set on it."""
     given = plain(given) if isinstance(given, DictConfig) else dict(given)
-    whole = "_target_" in given or any("_target_" in v for v in given.values() if isinstance(v, dict))
-    if whole:
+    if not given.pop("stored", False):
         return given
+    given = {key: value for key, value in given.items() if value is not None}
     unknown = sorted(given.keys() - stored.keys())
     if unknown:
-        known = ", ".join(k for k in stored if k != "_target_")
-        raise ValueError(f"{name}.{unknown[0]} is no key of the stored {name}, which has {known}")
+        known = ", ".join(key for key in stored if key != "_target_")
+        raise ValueError(f"{name}.{unknown[0]} is no setting of the stored {name}, which has {known}")
     return {**stored, **given}
-
-
-def check(config: dict, *, source: str) -> None:
-    """Raises CheckpointError if building the model could do anything but build our own classes."""
-    for key, value in _entries({"model": config["model"]}, "stored config"):
-        if isinstance(value, str) and "${" in value:
-            raise CheckpointError(f"{source} is refused: {key} holds an interpolation, {value!r}")
-        if key.split(".")[-1] == "_target_" and not _trusted(value):
-            raise CheckpointError(
-                f"{source} is refused: its config would call {value!r}. If you know where the file "
-                "is from, allow that with trust=true"
-            )
-
-
-def _entries(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for name, value in node.items():
-            yield from _entries(value, f"{key}.{name}")
-    elif isinstance(node, list | tuple):
-        for place, value in enumerate(node):
-            yield from _entries(value, f"{key}.{place}")
-    else:
-        yield key, node
-
-
-def _trusted(target: Any) -> bool:
-    """A public class or function defined in a trusted module and named by that module.
-
-    Names reached through a module's imports (`avdiffusion.io.os.system`) are not.
-    """
-    if not isinstance(target, str) or target.startswith("_") or "._" in target:
-        return False
-    module, _, name = target.rpartition(".")
-    packages = (*TRUSTED, *TRUSTED_LIBRARIES)
-    if not any(module == package or module.startswith(f"{package}.") for package in packages):
-        return False
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return False
-    origin = getattr(found, "__module__", None) or ""
-    if not any(origin == package or origin.startswith(f"{package}.") for package in packages):
-        return False
-    return isinstance(found, type) or module.startswith(TRUSTED)
 
 
 def first_line(error: BaseException) -> str:

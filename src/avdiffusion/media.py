@@ -51,12 +51,16 @@ class Media(dict[str, Tensor]):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        first = next(a for a in args if isinstance(a, Media))
+        values = (*args, *(kwargs or {}).values())
+        first = next((value for value in values if isinstance(value, Media)), None)
+        if first is None:
+            raise TypeError(f"{func.__name__} takes Media one by one, not in a list: use `map`")
 
-        def call(_: Tensor, *rest: Any) -> Any:
-            return func(*rest, **(kwargs or {}))
+        def call(_: Tensor, *values: Any) -> Any:
+            named = zip(kwargs or {}, values[len(args) :], strict=True)
+            return func(*values[: len(args)], **dict(named))
 
-        return first.map(call, *args)
+        return first.map(call, *values)
 
     def to(self, *args: Any, **kwargs: Any) -> "Media":
         """`Tensor.to` on every entry."""

@@ -63,7 +63,7 @@ class EndlessBatches:
 
     def order(self, epoch: int) -> np.ndarray:
         if getattr(self, "_epoch", None) != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
+            rng = np.random.default_rng((self.seed, epoch, 1))  # `Draws` has (seed, position)
             self._epoch, self._order = epoch, rng.permutation(self.size)
         return self._order
 

@@ -42,11 +42,15 @@ class Diffusion(nn.Module):
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f"target={target!r} is not one of {', '.join(TARGETS)}")
+        if learned_variance and path.t_min <= 0:
+            raise ValueError(
+                f"learned_variance needs a path with a first step, {type(path).__name__} has none"
+            )
         self.net, self.path, self.target = net, path, target
         self.density, self.weight = density or Uniform(), weight or Constant()
         self.sigma_data, self.learned_variance = sigma_data, learned_variance
         for t in (path.t_min, path.t_max):
-            alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64))
+            alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64, device="cpu"))
             if abs(float(det(alpha, sigma, self._pair(alpha, sigma)))) < 1e-9:
                 raise ValueError(
                     f"target={target!r} does not determine the data at t={t} of "

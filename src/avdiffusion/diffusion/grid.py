@@ -9,8 +9,7 @@ from avdiffusion.diffusion.path import Path
 
 
 def _line(start: float | Tensor, end: float | Tensor, count: int) -> Tensor:
-    share = torch.linspace(0, 1, count, dtype=torch.float64)
-    return start + (end - start) * share
+    return torch.linspace(float(start), float(end), count, dtype=torch.float64)
 
 
 def trailing(path: Path, steps: int, start: float, end: float) -> Tensor:
@@ -20,7 +19,7 @@ def trailing(path: Path, steps: int, start: float, end: float) -> Tensor:
 
 def leading(path: Path, steps: int, start: float, end: float) -> Tensor:
     """The "ddimN" of guided-diffusion: every (N / steps)-th step of the table from step 0 on."""
-    total = round(1 / path.t_min)
+    total = _total(path)
     stride = next((s for s in range(1, total) if len(range(0, total, s)) == steps), None)
     if stride is None:
         raise ValueError(f"no integer stride takes {steps} of {total} steps; use grid=trailing")
@@ -29,7 +28,7 @@ def leading(path: Path, steps: int, start: float, end: float) -> Tensor:
 
 def sections(path: Path, steps: int, start: float, end: float) -> Tensor:
     """guided-diffusion's respacing to "steps": evenly spread over the table, both ends included."""
-    total = round(1 / path.t_min)
+    total = _total(path)
     if not 1 <= steps <= total:
         raise ValueError(f"steps={steps} is not within 1 and the table's {total}")
     stride = (total - 1) / (steps - 1) if steps > 1 else 1.0
@@ -41,10 +40,18 @@ def sections(path: Path, steps: int, start: float, end: float) -> Tensor:
     return _table(places, total, start, end)
 
 
+def _total(path: Path) -> int:
+    if path.t_min <= 0:
+        raise ValueError(f"{type(path).__name__} is no table of steps: use grid=trailing")
+    return round(1 / path.t_min)
+
+
 def _table(places: list[int], total: int, start: float, end: float) -> Tensor:
-    times = torch.tensor([(i + 1) / total for i in reversed(places)], dtype=torch.float64)
-    times = times[(times <= start) & (times > end)]
-    return torch.cat([times, torch.tensor([end], dtype=torch.float64)])
+    """The steps between start and end; the whole table begins at its own highest step."""
+    times = [(i + 1) / total for i in reversed(places)]
+    first = [start] if start < 1 else [t for t in times if t == start]
+    times = [*first, *(t for t in times if end < t < start), end]
+    return torch.tensor(times, dtype=torch.float64)
 
 
 def log_snr(path: Path, steps: int, start: float, end: float) -> Tensor:

@@ -36,7 +36,9 @@ class Noise:
 
     def uniform(self) -> Tensor:
         """One number in (0, 1) per sample, float64 [B], on the CPU."""
-        scaled = [(key(self.seed, i, self.purpose, "u") + 0.5) / 2**63 for i in self.index]
+        # 52 bits, as with more the largest would round to 1.
+        keys = [key(self.seed, i, self.purpose, "u") >> 11 for i in self.index]
+        scaled = [(k + 0.5) / 2**52 for k in keys]
         return torch.tensor(scaled, dtype=torch.float64)
 
     def like(self, x: Media | Tensor) -> Media | Tensor:

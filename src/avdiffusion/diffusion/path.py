@@ -31,20 +31,21 @@ class Path(Protocol):
 def linear_betas(steps: int) -> Tensor:
     """Ho et al. 2020: 1e-4 to 0.02 at 1000 steps, scaled to the same total for any other number."""
     scale = 1000 / steps
-    return torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64)
+    betas = torch.linspace(1e-4 * scale, 0.02 * scale, steps, dtype=torch.float64, device="cpu")
+    return betas.clamp(max=0.999)
 
 
 def cosine_betas(steps: int) -> Tensor:
     """Nichol and Dhariwal 2021, equation 17."""
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
     bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
 
 
 def sigmoid_betas(steps: int) -> Tensor:
     """Jabri et al. 2022, appendix: alpha_bar follows a sigmoid from -3 to 3."""
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    low, high = torch.tensor([-3.0, 3.0], dtype=torch.float64).sigmoid()
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu")
+    low, high = torch.tensor([-3.0, 3.0], dtype=torch.float64, device="cpu").sigmoid()
     bar = (high - torch.sigmoid(6 * u - 3)) / (high - low)
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
 
@@ -66,7 +67,7 @@ class DiscreteVP:
         self.steps = steps
         self.t_min, self.t_max = 1 / steps, 1.0
         log_alpha = 0.5 * torch.log1p(-BETAS[betas](steps)).cumsum(0)
-        self.log_alphas = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])
+        self.log_alphas = torch.nn.functional.pad(log_alpha, (1, 0))
 
     def log_alpha(self, t: Tensor) -> Tensor:
         place = torch.as_tensor(t, dtype=torch.float64) * self.steps

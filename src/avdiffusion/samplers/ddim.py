@@ -13,6 +13,11 @@ class DDIM(Sampler):
 
     eta: float = 0.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} is not within 0 (deterministic) and 1 (DDPM)")
+
     def solve(self, denoise, x, path, times, noise):
         for t, s in pairwise(times):
             found = denoise(x, t)

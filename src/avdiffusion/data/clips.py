@@ -1,0 +1,219 @@
+"""Windows of picture and sound from a folder of media files."""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from avdiffusion.data.index import build_index
+from avdiffusion.io import MediaError, read_window
+
+MAX_GAIN = 30.0  # dB: the noise of a pause is not to become a storm
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder gave: files used, files that are no media, and (file, reason) for bad ones."""
+
+    root: Path
+    used: int
+    ignored: list[str]
+    bad: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        kinds = Counter(reason.split(": ")[0] for _, reason in self.bad)
+        parts = [f"{self.used} files used"]
+        parts += [f"{n} left out ({kind})" for kind, n in kinds.most_common()]
+        parts += [f"{len(self.ignored)} that are no media"] if self.ignored else []
+        return f"{self.root}: " + ", ".join(parts)
+
+
+class Clips:
+    """Clips of `frames` pictures and `samples` of sound that begin at the same time.
+
+    `[i]` is one of the windows that divide the files evenly, always the same. `draw(i, rng)` is a
+    random window of the same file, mirrored with probability `flip` (and stereo with it). Items:
+    `video` uint8 [3, T, H, W], `audio` float32 [C, L] in [-1, 1], `index`.
+
+    `loudness` (dB of full scale) is the RMS level each window is brought to, by at most 30 dB and
+    without clipping. A file is in `val` by a hash of its path below `root`, so it stays there when
+    others come; `val_fraction` of the files are. Unreadable, silent and too short files and those
+    without a modality are refused with `on_bad="error"`, left out and reported with `"skip"`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        val_fraction: float = 0.1,
+        fps: float = 10,
+        frames: int = 16,
+        size: Sequence[int] = (64, 64),
+        sample_rate: int = 16000,
+        samples: int = 25600,
+        channels: int = 1,
+        modalities: Sequence[str] = ("video", "audio"),
+        fit: str = "crop",
+        flip: float = 0.5,
+        loudness: float | None = None,
+        on_bad: str = "error",
+        cache: str | Path | None = None,
+        index_workers: int | None = None,
+    ):
+        _one_of("split", split, ("train", "val", "all"))
+        _one_of("channels", channels, (1, 2))
+        _one_of("fit", fit, ("crop", "letterbox"))
+        _one_of("on_bad", on_bad, ("error", "skip"))
+        for modality in modalities or [None]:
+            _one_of("modalities", modality, ("video", "audio"))
+        self.root = Path(root).expanduser()
+        self.flip, self.loudness, self.on_bad = flip, loudness, on_bad
+        self.request = {"modalities": tuple(modalities)}
+        if "video" in modalities:
+            self.request |= {"fps": fps, "frames": frames, "size": tuple(size), "fit": fit}
+            seconds = frames / fps
+        if "audio" in modalities:
+            self.request |= {"sample_rate": sample_rate, "samples": samples, "channels": channels}
+            seconds = samples / sample_rate
+        if len(self.request["modalities"]) == 2 and samples != round(sample_rate * frames / fps):
+            raise ValueError(
+                f"{frames} frames at {fps:g} fps last {frames / fps:.4f} s, {samples} samples at "
+                f"{sample_rate} Hz {seconds:.4f} s: {round(sample_rate * frames / fps)} samples fit"
+            )
+
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"data.root is no folder: {self.root}")
+        index = build_index(self.root, cache=cache, workers=index_workers)
+        if not index.entries:
+            others = f" ({len(index.ignored)} other files)" if index.ignored else ""
+            raise FileNotFoundError(f"no audio or video files in {self.root}{others}")
+        fps = self.request.get("fps", 0)
+        problems = [(e.path, e.problem(modalities, seconds, fps)) for e in index.entries]
+        bad = [(path, problem) for path, problem in problems if problem]
+        good = [
+            entry
+            for entry, (_, problem) in zip(index.entries, problems, strict=True)
+            if not problem
+        ]
+        if bad and (not good or on_bad == "error"):
+            remedy = "; data.on_bad=skip leaves them out" if good else ""
+            raise ValueError(
+                f"{len(bad)} of {len(index.entries)} files in {self.root} cannot be used: "
+                f"{_listed(bad)}{remedy}"
+            )
+        self._used, self._ignored, self._bad = len(good), index.ignored, bad
+
+        side = _side({entry.path for entry in good}, split, val_fraction, self.root)
+        good = [entry for entry in good if entry.path in side]
+        self.files = [entry.path for entry in good]
+        self._spans, self._windows = [], []  # first start and room for others; (file, start)
+        for number, entry in enumerate(good):
+            start, end = entry.info.span(modalities)
+            room = max(
+                0.0, end - start - seconds - (0.5 / fps if fps else 0)
+            )  # snapping needs some
+            count = 1 + int(room / seconds)
+            self._spans.append((start, room))
+            starts = np.linspace(start, start + room, count) if count > 1 else [start + room / 2]
+            self._windows += [(number, float(s)) for s in starts]
+        # in shared memory, so that the workers of a loader tell each other and the main process
+        self._broken = torch.zeros(len(good), dtype=torch.bool).share_memory_()
+        if bad:
+            log.warning("%s; the first: %s", self.report, _listed(bad))
+        else:
+            log.info("%s", self.report)
+
+    @property
+    def report(self) -> Report:
+        """How the whole folder fared, files that broke while being read included."""
+        broken = [self.files[i] for i in self._broken.nonzero().flatten().tolist()]
+        late = [(path, "found broken while being read") for path in broken]
+        return Report(self.root, self._used - len(late), self._ignored, self._bad + late)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, i: int) -> dict:
+        for j in range(len(self)):
+            number = (i + j) % len(self)
+            item = self._read(number, self._windows[number][1], False)
+            if item is not None:
+                return item
+        raise MediaError(f"every file of {self.root} has become unreadable")
+
+    def draw(self, i: int, rng: np.random.Generator) -> dict:
+        """A random window of the file of window i; if that is broken and skipped, of another's."""
+        for _ in range(len(self) + 100):
+            start, room = self._spans[self._windows[i][0]]
+            place, coin = rng.random(2)
+            item = self._read(i, start + place * room, coin < self.flip)
+            if item is not None:
+                return item
+            i = int(rng.integers(len(self)))
+        raise MediaError(f"the files of {self.root} have become unreadable")
+
+    def _read(self, i, start, mirrored):
+        number = self._windows[i][0]
+        if self._broken[number]:
+            return None
+        try:
+            window = read_window(self.root / self.files[number], start, **self.request)
+        except (MediaError, OSError) as error:
+            if self.on_bad == "error":
+                raise
+            self._broken[number] = True
+            log.warning("left out from now on, other clips take its place: %s", error)
+            return None
+        item = {"index": i}
+        if "video" in window:
+            video = window["video"][..., ::-1] if mirrored else window["video"]
+            item["video"] = torch.from_numpy(np.ascontiguousarray(video))
+        if "audio" in window:
+            audio = torch.from_numpy(_levelled(window["audio"], self.loudness))
+            item["audio"] = audio.flip(0) if mirrored and "video" in window else audio
+        return item
+
+
+def _levelled(audio, loudness):
+    peak = np.abs(audio).max()
+    if loudness is None or peak == 0:
+        return audio
+    level = 10 * np.log10(np.mean(np.square(audio, dtype=np.float64)))
+    return audio * np.float32(min(10 ** (min(loudness - level, MAX_GAIN) / 20), 1 / peak))
+
+
+def _side(paths, split, val_fraction, root):
+    """The paths of one side, never none of two files with a fraction between 0 and 1."""
+    if split == "all":
+        return paths
+    place = {
+        path: int(hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest(), 16) / 2**256
+        for path in paths
+    }
+    ordered = sorted(paths, key=place.get)
+    count = sum(place[path] < val_fraction for path in ordered)
+    if 0 < val_fraction < 1:
+        count = min(max(count, 1), len(ordered) - 1)
+    side = set(ordered[:count] if split == "val" else ordered[count:])
+    if not side:
+        raise ValueError(
+            f"of {len(paths)} files in {root} none is left for {split} at {val_fraction=:g}"
+        )
+    return side
+
+
+def _listed(bad, most=3):
+    more = f" and {len(bad) - most} more" if len(bad) > most else ""
+    return ", ".join(f"{path} ({reason})" for path, reason in bad[:most]) + more
+
+
+def _one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} is one of {', '.join(map(str, choices))}, not {value}")

@@ -1,0 +1,153 @@
+"""What the media files of a folder hold, found once and kept in the user's cache."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from avdiffusion.io import EDGE, ClipInfo, MediaError, audible, probe
+
+VERSION = 1  # of the cached facts
+MEDIA = re.compile(
+    r"\.(3gp|asf|avi|flv|gif|m2ts|m4v|mkv|mov|mp4|mpeg|mpg|mts|mxf|ogv|ts|vob|webm|wmv"
+    r"|aac|ac3|aif|aiff|caf|flac|m4a|mka|mp2|mp3|oga|ogg|opus|wav|wma)$",
+    re.IGNORECASE,
+)
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: its path below the root, its facts, or the error that reading it gave."""
+
+    path: str
+    size: int
+    mtime: int
+    info: ClipInfo | None = None
+    audible: bool = False
+    error: str | None = None
+
+    def problem(self, modalities: Sequence[str], seconds: float, fps: float = 0) -> str | None:
+        """Why no window of `seconds` can be had of it, if none can."""
+        if self.info is None:
+            return self.error
+        for modality in modalities:
+            if modality in self.info.missing:
+                return self.info.missing[modality]
+        if "audio" in modalities and not self.audible:
+            return "silent from beginning to end"
+        start, end = self.info.span(modalities)
+        if end - start < seconds - min(EDGE, 0.5 / fps if fps else EDGE):
+            return f"shorter than the window of {seconds:.2f} s: {max(0.0, end - start):.2f} s"
+        return None
+
+
+@dataclass(frozen=True)
+class Index:
+    """The media files of a folder in sorted order, and the files that are something else."""
+
+    root: Path
+    entries: list[Entry]
+    ignored: list[str]
+
+
+def build_index(
+    root: str | Path, *, cache: str | Path | None = None, workers: int | None = None
+) -> Index:
+    """Probe every media file below `root` that is new or whose size or time has changed.
+
+    `cache` is a folder, by default `avdiffusion` in $XDG_CACHE_HOME or ~/.cache.
+    """
+    root = Path(root)
+    media, ignored = _files(root)
+    store = _cache_folder(cache) / f"index-{_digest(os.path.realpath(root))}.json"
+    known = _stored(store)
+    stats = {path: (root / path).stat() for path in media}
+    entries = {
+        path: known[path]
+        for path, stat in stats.items()
+        if path in known
+        and (known[path].size, known[path].mtime) == (stat.st_size, stat.st_mtime_ns)
+    }
+    new = [path for path in media if path not in entries]
+    if new:
+        with (
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            tqdm(total=len(new), desc=f"reading {root}", unit="file") as bar,
+        ):
+            for entry in pool.map(lambda path: _examined(root, path, stats[path]), new):
+                entries[entry.path] = entry
+                bar.update()
+    if entries.keys() != known.keys() or new:
+        _store(store, entries.values())
+    return Index(root, [entries[path] for path in media], ignored)
+
+
+def _examined(root, path, stat):
+    facts = {}
+    try:
+        facts["info"] = probe(root / path)
+        facts["audible"] = "audio" in facts["info"].modalities and audible(root / path)
+    except MediaError as error:
+        facts = {"error": error.reason}
+    except OSError as error:
+        facts = {"error": f"unreadable: {error.strerror or error}"}
+    return Entry(path, stat.st_size, stat.st_mtime_ns, **facts)
+
+
+def _files(root):
+    """Paths below `root`, also through links: media files, and others; dot files are left out."""
+    media, others, seen = [], [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                path = Path(folder, name).relative_to(root).as_posix()
+                (media if MEDIA.search(name) else others).append(path)
+    return sorted(media), sorted(others)
+
+
+def _cache_folder(cache):
+    if cache is not None:
+        return Path(cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avdiffusion"
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def _stored(path):
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["version"] != VERSION:
+            return {}
+        return {
+            entry["path"]: Entry(**entry | {"info": entry["info"] and ClipInfo(**entry["info"])})
+            for entry in stored["entries"]
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # absent, damaged or of another version
+        return {}
+
+
+def _store(path, entries):
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"version": VERSION, "entries": [asdict(e) for e in entries]}))
+        os.replace(part, path)
+    except OSError as error:
+        log.warning("the index is not kept for the next time: %s", error)
+        part.unlink(missing_ok=True)

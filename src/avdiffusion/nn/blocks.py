@@ -1,0 +1,235 @@
+"""Building blocks of the coupled network. Everything inside is channels-last.
+
+B batch, T frames, H, W height and width, L audio samples, C channels.
+Video is [B, T, H, W, C] and audio [B, 1, 1, L, C], one frame of one row: a memory layout in which a spatial, a
+temporal, a dilated audio and a pointwise convolution are all two-dimensional convolutions without a transpose.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avdiffusion.nn.norm import GroupNorm
+
+
+def time_embedding(time: Tensor, width: int) -> Tensor:
+    """Sinusoid of a time [B] at frequencies 10000^(-2k / width), cosines first: [B, width]."""
+    half = width // 2
+    steps = torch.arange(half, device=time.device, dtype=torch.float32)
+    angles = time.float()[:, None] * torch.exp(steps * (-math.log(10000) / half))
+    return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, width % 2))
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with all its parameters set to zero: a residual branch that starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous()
+
+
+class Conv(nn.Conv2d):
+    """Two-dimensional convolution of channels-last [N, H, W, C] with zero "same" padding."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], dilation: int = 1):
+        padding = tuple(dilation * (size // 2) for size in kernel)
+        super().__init__(inputs, outputs, kernel, padding=padding, dilation=dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return channels_last(super().forward(channels_first(x)))
+
+
+class Pointwise(nn.Linear):
+    """Linear map of the last axis of [..., C], plus an optional residual."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not x.is_cpu:
+            out = super().forward(x)
+            return out if residual is None else residual + out
+        # oneDNN's 1x1 convolution is twice as fast as the BLAS product behind linear; PyTorch hands it over
+        # even on one thread where there are 16 images
+        images = math.gcd(x.numel() // x.shape[-1], 16)
+        flat = channels_first(x.reshape(images, -1, 1, x.shape[-1]))
+        out = F.conv2d(flat, self.weight[:, :, None, None], self.bias)
+        if residual is not None:
+            out += channels_first(residual.reshape(images, -1, 1, residual.shape[-1]))
+        return channels_last(out).view(*x.shape[:-1], -1)
+
+
+class VideoConv(nn.Module):
+    """A 3x3 convolution of every frame, then one over three frames of every pixel; `halve` takes 2x2 means."""
+
+    def __init__(self, inputs: int, outputs: int, *, halve: bool = False):
+        super().__init__()
+        self.space = Conv(inputs, outputs, (3, 3))
+        self.time = Conv(outputs, outputs, (3, 1))
+        self.halve = halve
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.flatten(0, 1)
+        # means over space commute with the convolution over time
+        frames = self.halved(frames) if self.halve else self.space(frames)
+        h, w = frames.shape[1:3]
+        return self.time(frames.view(*x.shape[:2], h * w, -1)).unflatten(2, (h, w))
+
+    def halved(self, x: Tensor) -> Tensor:
+        # the 2x2 means of a 3x3 convolution are a 4x4 convolution of stride 2, at less than half the work
+        corners = ((0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
+        weight = sum(F.pad(self.space.weight, corner) for corner in corners) / 4
+        return channels_last(F.conv2d(channels_first(x), weight, self.space.bias, 2, 1))
+
+
+class ClipConv(nn.Conv3d):
+    """3x3x3 convolution from [B, T, H, W, C] to few channels [B, C, T, H, W]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # with few outputs the three taps in time are cheapest as channels of one spatial convolution
+        weight = self.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)
+        taps = F.conv2d(channels_first(x.flatten(0, 1)), weight, padding=1)
+        taps = taps.unflatten(0, x.shape[:2]).transpose(1, 2)
+        before, now, after = taps.chunk(3, dim=1)
+        now = now + self.bias[:, None, None, None]
+        return now + F.pad(before[:, :, :-1], (0, 0, 0, 0, 1, 0)) + F.pad(
+            after[:, :, 1:], (0, 0, 0, 0, 0, 1)
+        )
+
+
+class AudioConv(Conv):
+    """Dilated convolution over three samples of [B, 1, 1, L, C]; `shorten` takes means of so many samples."""
+
+    def __init__(self, inputs: int, outputs: int, dilation: int = 1, *, shorten: int = 1):
+        super().__init__(inputs, outputs, (1, 3), dilation)
+        self.shorten = shorten
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, dilation = x.squeeze(1), self.dilation[1]
+        # means commute with taps that are a whole number of means apart
+        first = dilation % self.shorten == 0
+        if first:
+            x, dilation = mean_pool(x, (1, self.shorten)), dilation // self.shorten
+        if dilation < x.shape[2]:
+            weight, padding = self.weight, (0, dilation)
+        else:  # both outer taps see nothing but padding
+            weight, padding = self.weight[..., 1:2], 0
+        x = F.conv2d(channels_first(x), weight, self.bias, 1, padding, (1, dilation))
+        x = channels_last(x)
+        return (x if first else mean_pool(x, (1, self.shorten)))[:, None]
+
+
+def mean_pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Means over blocks of this size of [..., H, W, C]."""
+    if size == (1, 1):
+        return x
+    frames = F.avg_pool2d(channels_first(x.flatten(0, -4)), size)
+    return channels_last(frames).unflatten(0, x.shape[:-3])
+
+
+def repeat(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Every element of [..., H, W, C] as a block of this size."""
+    frames = channels_first(x.flatten(0, -4))
+    frames = F.interpolate(frames, (x.shape[-3] * size[0], x.shape[-2] * size[1]))
+    return channels_last(frames).unflatten(0, x.shape[:-3])
+
+
+class Branch(nn.Module):
+    """The half of a residual block that one modality takes: norm, convolution, modulated norm, projection.
+
+    `resample` is None, "down" or "up", by blocks of `size`. The published block resamples right after the
+    convolution. Taking means is left to `conv`; repeating changes no statistics and commutes with all that
+    follows but dropout, so it comes last.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        conv: nn.Module,
+        dropout: float,
+        resample: str | None,
+        size: tuple[int, int],
+    ):
+        super().__init__()
+        self.resample, self.size = resample, size
+        self.norm = GroupNorm(inputs, silu=True)
+        self.conv = conv
+        self.film_norm = GroupNorm(outputs, silu=True)
+        self.dropout = nn.Dropout(dropout)
+        self.out = zeroed(Pointwise(outputs, outputs))
+        self.skip = nn.Identity() if inputs == outputs else Pointwise(inputs, outputs)
+
+    def forward(self, x: Tensor, film: Tensor, *, scale_shift: bool) -> Tensor:
+        h = self.conv(whole(self.norm, x))
+        if self.resample == "down":
+            x = mean_pool(x, self.size)
+        early = self.training and self.dropout.p > 0
+        if self.resample == "up" and early:
+            x, h = repeat(x, self.size), repeat(h, self.size)
+        if scale_shift:
+            h = whole(self.film_norm, h, film)
+        else:
+            h = whole(self.film_norm, h + film[:, None, None, None].to(h.dtype))
+        x = self.out(self.dropout(h), residual=self.skip(x))
+        return repeat(x, self.size) if self.resample == "up" and not early else x
+
+
+def whole(norm: GroupNorm, x: Tensor, film: Tensor | None = None) -> Tensor:
+    """The norm of [B, ..., C] with statistics over all axes but the batch."""
+    return norm(x.reshape(x.shape[0], -1, 1, x.shape[-1]), film).view(x.shape)
+
+
+class ResBlock(nn.Module):
+    """Residual block of both modalities under one time modulation, optionally resampling both.
+
+    `film` is [B, 2 C], scale then shift of the second norm, or [B, C], added before it.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dilation: int,
+        dropout: float = 0.0,
+        scale_shift: bool = True,
+        resample: str | None = None,
+        audio_rate: int = 4,
+    ):
+        super().__init__()
+        down = resample == "down"
+        self.scale_shift = scale_shift
+        self.film_width = outputs * (2 if scale_shift else 1)
+        self.video = Branch(
+            inputs,
+            outputs,
+            conv=VideoConv(inputs, outputs, halve=down),
+            dropout=dropout,
+            resample=resample,
+            size=(2, 2),
+        )
+        self.audio = Branch(
+            inputs,
+            outputs,
+            conv=AudioConv(inputs, outputs, dilation, shorten=audio_rate if down else 1),
+            dropout=dropout,
+            resample=resample,
+            size=(1, audio_rate),
+        )
+
+    def forward(self, video: Tensor, audio: Tensor, film: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            self.video(video, film, scale_shift=self.scale_shift),
+            self.audio(audio, film, scale_shift=self.scale_shift),
+        )

@@ -1,0 +1,5 @@
+"""One thread: the tests' tensors are small, and results then do not depend on the machine's load."""
+
+import torch
+
+torch.set_num_threads(1)

@@ -29,7 +29,7 @@ OPTIONS = {
     "libx264": {"preset": "veryfast", "crf": "18"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b": "1M"},
 }
-LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "4.0", 5: "5.0", 6: "5.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def make_media(
             first = round(audio_start * sample_rate)
             count = round((seconds if audio_seconds is None else audio_seconds) * sample_rate)
             wave = signal((first + np.arange(count)) / sample_rate) * (not silent)
-            for begin in range(0, count, 65536):
-                block = np.repeat(wave[None, begin : begin + 65536], channels, 0)
+            for begin in range(0, count, 1024):
+                block = np.repeat(wave[None, begin : begin + 1024], channels, 0)
                 frame = av.AudioFrame.from_ndarray(
                     block.astype(np.float32), format="fltp", layout=LAYOUTS[channels]
                 )
@@ -109,8 +109,8 @@ def make_media(
 
 def signal(t: np.ndarray) -> np.ndarray:
     """The sound at times `t`: a chord that never repeats within minutes, and the beeps."""
-    chord = sum(np.sin(2 * np.pi * f * t) for f in (211.3, 337.7, 523.1, 811.9, 1259.3)) / 20
-    return chord + 0.5 * np.sin(2 * np.pi * 1000 * t) * (t % 1 < BEEP)
+    chord = sum(np.sin(2 * np.pi * f * t) for f in (211.3, 337.7, 523.1, 811.9, 1259.3)) / 8
+    return chord + 0.3 * np.sin(2 * np.pi * 2000 * t) * (t % 1 < BEEP)
 
 
 def frame_numbers(video: np.ndarray) -> list[int]:
@@ -125,8 +125,9 @@ def sound_lag(audio: np.ndarray, start: float, sample_rate: int, reach: float = 
     """Seconds by which float [L] trails `signal` from `start`, by the best shift within `reach`."""
     edge = round(reach * sample_rate)
     t = start + np.arange(-edge, len(audio) + edge) / sample_rate
-    match = np.correlate(signal(t), audio, "valid")
-    return (edge - int(np.argmax(match))) / sample_rate
+    reference = np.fft.rfft(signal(t))
+    match = np.fft.irfft(reference * np.fft.rfft(audio, len(t)).conj(), len(t))
+    return (edge - int(np.argmax(match[: 2 * edge + 1]))) / sample_rate
 
 
 def _draw(number, time, size):
@@ -140,7 +141,7 @@ def _draw(number, time, size):
 
 
 def cut_beginning(path: Path, seconds: float) -> None:
-    """Make the edit lists of an MP4 or MOV file skip its first `seconds`, as phones' trimmers do."""
+    """Make the edit lists of an MP4 or MOV file skip `seconds`, as a phone's trimmer does."""
     data = bytearray(path.read_bytes())
     (moov,) = _boxes(data, 0, len(data), b"moov")
     (mvhd,) = _boxes(data, *moov, b"mvhd")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from hydra import compose as hydra_compose
@@ -26,6 +26,7 @@ from avdiffusion.systems.diffusion import FORMAT, DiffusionSystem
 from avdiffusion.trust import objections
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FULL_ERRORS = "HYDRA_FULL_ERROR" in os.environ  # as the user set it
 BUILT = ("model", "sampler", "guide")  # what of a stored config becomes objects
 # What reading a damaged or forged file may end in, besides UnpicklingError.
 UNREADABLE = (RuntimeError, EOFError, BadZipFile, LookupError, OSError, ValueError, TypeError)
@@ -92,12 +93,16 @@ def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
 def read(ckpt: str | Path) -> dict:
     """A checkpoint's content, tensors and plain values only, with its format checked."""
     path = find(ckpt)
+    if not is_zipfile(path):
+        raise CheckpointError(f"{path} is no checkpoint, or only the beginning of one")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Torch's own words end in the advice to load it all the same.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it would call {named[1]}" if named else "or is damaged"
         raise CheckpointError(
-            f"{path} is refused: it holds more than tensors and plain values "
-            f"({str(error).splitlines()[0]})"
+            f"{path} is refused: it holds more than tensors and plain values, {found}"
         ) from error
     except UNREADABLE as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
@@ -201,7 +206,13 @@ def run(main: Callable[[], Any]) -> None:
                 f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is quoted "
                 f"twice: \"{name}='{quoted}'\""
             ) from None
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in many lines
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if FULL_ERRORS:
+            raise
+        raise SystemExit(f"error: {message(error)}") from error
 
 
 def guarded(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
@@ -209,14 +220,18 @@ def guarded(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
     try:
         return task(config)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
+        if FULL_ERRORS:
             raise
         raise SystemExit(f"error: {message(error)}") from error
 
 
 def message(error: BaseException) -> str:
     """What to tell a user: an error's own words, in one line."""
-    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
-    if missing:
-        return f"{missing[1]} is needed: give it as {missing[1]}=..."
-    return " ".join(str(error).split()) or type(error).__name__
+    text = str(error).strip()
+    if "Missing mandatory value" in text:
+        key = re.findall(r"(?:full_key|value): (\S+)", text)[-1]
+        return f"{key} is needed: give it as {key}=..."
+    if "Original Traceback" in text:  # of a loader's worker; the error itself comes last
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = re.split(r"\s+(?:Config search path|full_key):", text)[0]
+    return " ".join(text.split()) or type(error).__name__

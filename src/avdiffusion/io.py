@@ -213,7 +213,7 @@ def _picture(file, stream, start, fps, frames, size, fit):
 
 def _snapped(start, times, fps):
     nearest = min(times, key=lambda time: abs(time - start))
-    return nearest if abs(nearest - start) <= 0.5 / fps else start
+    return nearest if abs(nearest - start) <= 0.5 / fps + 1e-6 else start
 
 
 class _Scaler:

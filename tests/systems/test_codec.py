@@ -65,7 +65,7 @@ def test_codecs_work_on_the_meta_device():
 
 
 def test_sizes_that_do_not_divide_are_named():
-    codec = Patches(patch={"video": [1, 3, 4], "audio": [16]})
+    codec = Patches(patch={"video": [1, 3, 4]})
     with pytest.raises(ValueError, match=r"video \[3, 4, 8, 8\] does not divide into .*\[1, 3, 4\]"):
         codec.encode(media())
     codec = Patches(patch={"audio": [48]})
@@ -74,7 +74,5 @@ def test_sizes_that_do_not_divide_are_named():
 
 
 def test_a_patch_of_the_wrong_rank_is_named():
-    with pytest.raises(ValueError, match="video .*patch"):
+    with pytest.raises(ValueError, match=r"patch\.video=\[4, 4\] has to name 3 block sizes"):
         Patches(patch={"video": [4, 4]}).encode(media())
-    with pytest.raises(ValueError, match="scale .*depth"):
-        Patches(patch={"video": [1, 4, 4]}, scale={"depth": 0.0})

@@ -94,41 +94,43 @@ class Clips:
         if not index.entries:
             others = f" ({len(index.ignored)} other files)" if index.ignored else ""
             raise FileNotFoundError(f"no audio or video files in {self.root}{others}")
-        fps = self.request.get("fps", 0)
-        problems = [(e.path, e.problem(modalities, seconds, fps)) for e in index.entries]
-        bad = [(path, problem) for path, problem in problems if problem]
-        good = [
-            entry
-            for entry, (_, problem) in zip(index.entries, problems, strict=True)
-            if not problem
-        ]
-        if bad and (not good or on_bad == "error"):
-            remedy = "; data.on_bad=skip leaves them out" if good else ""
-            raise ValueError(
-                f"{len(bad)} of {len(index.entries)} files in {self.root} cannot be used: "
-                f"{_listed(bad)}{remedy}"
-            )
-        self._used, self._ignored, self._bad = len(good), index.ignored, bad
-
-        side = _side({entry.path for entry in good}, split, val_fraction, self.root)
-        good = [entry for entry in good if entry.path in side]
-        self.files = [entry.path for entry in good]
-        self._spans, self._windows = [], []  # first start and room for others; (file, start)
-        for number, entry in enumerate(good):
-            start, end = entry.info.span(modalities)
-            room = max(
-                0.0, end - start - seconds - (0.5 / fps if fps else 0)
-            )  # snapping needs some
-            count = 1 + int(room / seconds)
-            self._spans.append((start, room))
-            starts = np.linspace(start, start + room, count) if count > 1 else [start + room / 2]
-            self._windows += [(number, float(s)) for s in starts]
-        # in shared memory, so that the workers of a loader tell each other and the main process
-        self._broken = torch.zeros(len(good), dtype=torch.bool).share_memory_()
-        if bad:
-            log.warning("%s; the first: %s", self.report, _listed(bad))
+        usable = self._usable(index, seconds)
+        side = _side({entry.path for entry in usable}, split, val_fraction, self.root)
+        self.files, self.windows, self._spans = [], [], []
+        for entry in usable:
+            if entry.path in side:
+                self._spread(entry, seconds)
+                self.files.append(entry.path)
+        # in shared memory: the workers of a loader tell each other and the main process
+        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+        if self._bad:
+            log.warning("%s; the first: %s", self.report, _listed(self._bad))
         else:
             log.info("%s", self.report)
+
+    def _usable(self, index, seconds):
+        modalities, fps = self.request["modalities"], self.request.get("fps", 0)
+        problems = {e.path: e.problem(modalities, seconds, fps) for e in index.entries}
+        self._bad = [(path, problem) for path, problem in problems.items() if problem]
+        usable = [entry for entry in index.entries if not problems[entry.path]]
+        self._used, self._ignored = len(usable), index.ignored
+        if self._bad and (not usable or self.on_bad == "error"):
+            remedy = "; data.train.on_bad=skip leaves them out" if usable else ""
+            raise ValueError(
+                f"{len(self._bad)} of {len(problems)} files in {self.root} cannot be used: "
+                f"{_listed(self._bad)}{remedy}"
+            )
+        return usable
+
+    def _spread(self, entry, seconds):
+        """Where the windows of one file may start, and its fixed ones: (file number, start)."""
+        start, end = entry.info.span(self.request["modalities"])
+        snapping = 0.5 / self.request["fps"] if "fps" in self.request else 0
+        room = max(0.0, end - start - seconds - snapping)
+        count = 1 + int(room / seconds)
+        starts = np.linspace(start, start + room, count) if count > 1 else [start + room / 2]
+        self.windows += [(len(self.files), float(s)) for s in starts]
+        self._spans.append((start, room))
 
     @property
     def report(self) -> Report:
@@ -138,12 +140,14 @@ class Clips:
         return Report(self.root, self._used - len(late), self._ignored, self._bad + late)
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self.windows)
 
     def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
         for j in range(len(self)):
             number = (i + j) % len(self)
-            item = self._read(number, self._windows[number][1], False)
+            item = self._read(number, self.windows[number][1], False)
             if item is not None:
                 return item
         raise MediaError(f"every file of {self.root} has become unreadable")
@@ -151,7 +155,7 @@ class Clips:
     def draw(self, i: int, rng: np.random.Generator) -> dict:
         """A random window of the file of window i; if that is broken and skipped, of another's."""
         for _ in range(len(self) + 100):
-            start, room = self._spans[self._windows[i][0]]
+            start, room = self._spans[self.windows[i][0]]
             place, coin = rng.random(2)
             item = self._read(i, start + place * room, coin < self.flip)
             if item is not None:
@@ -160,7 +164,7 @@ class Clips:
         raise MediaError(f"the files of {self.root} have become unreadable")
 
     def _read(self, i, start, mirrored):
-        number = self._windows[i][0]
+        number = self.windows[i][0]
         if self._broken[number]:
             return None
         try:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -150,4 +151,5 @@ def _store(path, entries):
         os.replace(part, path)
     except OSError as error:
         log.warning("the index is not kept for the next time: %s", error)
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

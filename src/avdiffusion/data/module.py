@@ -100,8 +100,9 @@ class DataModule(pl.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"data.batch_size={batch_size} is below 1")
+        for name, value in (("batch_size", batch_size), ("micro_batch", micro_batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}={value} is below 1")
         if len(train) == 0:
             raise ValueError(f"the training data is empty ({root or type(train).__name__})")
         check_duration(fps=fps, frames=frames, sample_rate=sample_rate, samples=samples)
@@ -172,6 +173,8 @@ class Indexed(Dataset):
 
 def check_duration(*, fps: float, frames: int, sample_rate: int, samples: int) -> None:
     """Raises ValueError unless picture and sound last equally long, to the nearest sample."""
+    if fps <= 0 or sample_rate <= 0:
+        raise ValueError(f"fps={fps} and sample_rate={sample_rate} have to be above 0")
     wanted = round(sample_rate * frames / fps)
     if not math.isclose(samples, wanted, abs_tol=0.5):
         raise ValueError(

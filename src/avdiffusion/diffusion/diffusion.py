@@ -50,7 +50,8 @@ class Diffusion(nn.Module):
         self.density, self.weight = density or Uniform(), weight or Constant()
         self.sigma_data, self.learned_variance = sigma_data, learned_variance
         for t in (path.t_min, path.t_max):
-            alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64, device="cpu"))
+            with torch.device("cpu"):  # also where networks are built on another, such as meta
+                alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64))
             if abs(float(det(alpha, sigma, self._pair(alpha, sigma)))) < 1e-9:
                 raise ValueError(
                     f"target={target!r} does not determine the data at t={t} of "

@@ -1,7 +1,7 @@
 """Attention inside a modality, and between picture and sound through shifted windows.
 
-B batch, T frames, L audio tokens, N tokens of a sequence, P sequences side by side, C channels, h heads,
-d channels of a head. Video is [B, T, H, W, C], audio [B, 1, 1, L, C].
+B batch, T frames, L audio tokens, N tokens of a sequence, P sequences side by side, C channels,
+h heads, d channels of a head. Video is [B, T, H, W, C], audio [B, 1, 1, L, C].
 """
 
 import torch
@@ -36,8 +36,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(
-                f"{channels} channels do not split into {heads} heads: choose num_heads that divides "
-                f"channels at every level with self-attention"
+                f"{channels} channels do not split into {heads} heads: choose num_heads that "
+                f"divides channels at every level with self-attention"
             )
         self.heads = heads
         self.norm = GroupNorm(channels)
@@ -52,9 +52,10 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Random-shift multi-modal attention (MM-Diffusion, section 3.3).
 
-    Frame i attends to the sound of the `window` frames from frame i + shift on, and the sound of frame i to the
-    picture of those frames, both around the circle. `window=None` means all frames. When L is not a multiple of
-    T a frame has L // T audio tokens and the rest asks with the last frame.
+    Frame i attends to the sound of the `window` frames from frame i + shift on, and the sound of
+    frame i to the picture of those frames, both around the circle. `window=None` means all frames.
+    When L is not a multiple of T a frame has L // T audio tokens and the rest asks with the last
+    frame.
     """
 
     def __init__(self, channels: int, *, head_channels: int, window: int | None = None):
@@ -86,29 +87,33 @@ class CrossAttention(nn.Module):
 
         window = frames if self.window is None else min(self.window, frames)
         even = tokens * frames == samples
+        start = torch.arange(frames, device=video.device)[:, None]
+        start = start if shift is None else start + shift
+
         if window == frames and even:
-            to_video, to_audio = attend(vq, ak, av, self.heads), attend(aq, vk, vv, self.heads)
+            to_video = attend(vq, ak, av, self.heads)
         else:
-            start = torch.arange(frames, device=video.device)[:, None]
-            start = start if shift is None else start + shift
             ak, av = (windows(x, start, window, tokens, tokens if even else 1) for x in (ak, av))
+            to_video = attend(vq.view(b * frames, pixels, c), ak, av, self.heads)
+        if window == frames:
+            to_audio = attend(aq, vk, vv, self.heads)
+        else:
             vk, vv = (windows(x, start, window, pixels, pixels) for x in (vk, vv))
-            to_video = attend(vq.unflatten(1, (frames, -1)).flatten(0, 1), ak, av, self.heads)
-            asking, rest = aq.split((tokens * frames, samples - tokens * frames), dim=1)
-            asking = asking.unflatten(1, (frames, -1)).flatten(0, 1)
-            to_audio = attend(asking, vk, vv, self.heads).reshape(b, -1, c)
+            asking = aq[:, : tokens * frames].reshape(b * frames, tokens, c)
+            to_audio = attend(asking, vk, vv, self.heads).view(b, tokens * frames, c)
             if not even:
-                vk, vv = (x.unflatten(0, (b, frames))[:, -1] for x in (vk, vv))
-                to_audio = torch.cat((to_audio, attend(rest, vk, vv, self.heads)), dim=1)
+                last = (x.view(b, frames, -1, c)[:, -1] for x in (vk, vv))
+                rest = attend(aq[:, tokens * frames :], *last, self.heads)
+                to_audio = torch.cat((to_audio, rest), dim=1)
 
         video = self.video_out(to_video.reshape(video.shape), residual=video)
         return video, self.audio_out(to_audio.reshape(audio.shape), residual=audio)
 
 
 def windows(x: Tensor, start: Tensor, window: int, tokens: int, unit: int) -> Tensor:
-    """The tokens [B T, window * tokens, C] of `window` frames from frame start [T, 1] on, around the circle.
+    """The tokens [B T, window * tokens, C] of `window` frames from frame start [T, 1] on, circular.
 
-    A frame has `tokens` of the tokens of x [B, N, C]; `unit` (a divisor) of them are copied at a time.
+    A frame has `tokens` tokens of x [B, N, C]; `unit` (a divisor) of them are copied at a time.
     """
     steps = torch.arange(window * tokens // unit, device=x.device)
     rows = (start * (tokens // unit) + steps) % (x.shape[1] // unit)

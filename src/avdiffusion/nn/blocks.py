@@ -1,8 +1,9 @@
 """Building blocks of the coupled network. Everything inside is channels-last.
 
 B batch, T frames, H, W height and width, L audio samples, C channels.
-Video is [B, T, H, W, C] and audio [B, 1, 1, L, C], one frame of one row: a memory layout in which a spatial, a
-temporal, a dilated audio and a pointwise convolution are all two-dimensional convolutions without a transpose.
+Video is [B, T, H, W, C] and audio [B, 1, 1, L, C], one frame of one row: in this layout a spatial,
+a temporal, a dilated audio and a pointwise convolution are all two-dimensional convolutions, and
+none needs a transpose.
 """
 
 import math
@@ -55,8 +56,8 @@ class Pointwise(nn.Linear):
         if not x.is_cpu:
             out = super().forward(x)
             return out if residual is None else residual + out
-        # oneDNN's 1x1 convolution is twice as fast as the BLAS product behind linear; PyTorch hands it over
-        # even on one thread where there are 16 images
+        # oneDNN's 1x1 convolution is up to twice as fast as the BLAS product behind linear, and
+        # PyTorch uses it on a single thread only for 16 images or more
         images = math.gcd(x.numel() // x.shape[-1], 16)
         flat = channels_first(x.reshape(images, -1, 1, x.shape[-1]))
         out = F.conv2d(flat, self.weight[:, :, None, None], self.bias)
@@ -66,7 +67,10 @@ class Pointwise(nn.Linear):
 
 
 class VideoConv(nn.Module):
-    """A 3x3 convolution of every frame, then one over three frames of every pixel; `halve` takes 2x2 means."""
+    """A 3x3 convolution of every frame, then one over three frames of every pixel.
+
+    `halve` takes means over 2x2 pixels of the result.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, halve: bool = False):
         super().__init__()
@@ -82,7 +86,7 @@ class VideoConv(nn.Module):
         return self.time(frames.view(*x.shape[:2], h * w, -1)).unflatten(2, (h, w))
 
     def halved(self, x: Tensor) -> Tensor:
-        # the 2x2 means of a 3x3 convolution are a 4x4 convolution of stride 2, at less than half the work
+        # means of a 3x3 convolution are a 4x4 convolution of stride 2, less than half the work
         corners = ((0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0))
         weight = sum(F.pad(self.space.weight, corner) for corner in corners) / 4
         return channels_last(F.conv2d(channels_first(x), weight, self.space.bias, 2, 1))
@@ -95,19 +99,21 @@ class ClipConv(nn.Conv3d):
         super().__init__(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # with few outputs the three taps in time are cheapest as channels of one spatial convolution
+        # few outputs: the taps in time are cheapest as channels of one spatial convolution
         weight = self.weight.permute(2, 0, 1, 3, 4).flatten(0, 1)
         taps = F.conv2d(channels_first(x.flatten(0, 1)), weight, padding=1)
         taps = taps.unflatten(0, x.shape[:2]).transpose(1, 2)
         before, now, after = taps.chunk(3, dim=1)
-        now = now + self.bias[:, None, None, None]
-        return now + F.pad(before[:, :, :-1], (0, 0, 0, 0, 1, 0)) + F.pad(
-            after[:, :, 1:], (0, 0, 0, 0, 0, 1)
-        )
+        before = F.pad(before[:, :, :-1], (0, 0, 0, 0, 1, 0))
+        after = F.pad(after[:, :, 1:], (0, 0, 0, 0, 0, 1))
+        return before + now + after + self.bias[:, None, None, None]
 
 
 class AudioConv(Conv):
-    """Dilated convolution over three samples of [B, 1, 1, L, C]; `shorten` takes means of so many samples."""
+    """Dilated convolution over three samples of [B, 1, 1, L, C].
+
+    `shorten` takes means over so many samples of the result.
+    """
 
     def __init__(self, inputs: int, outputs: int, dilation: int = 1, *, shorten: int = 1):
         super().__init__(inputs, outputs, (1, 3), dilation)
@@ -144,11 +150,11 @@ def repeat(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Branch(nn.Module):
-    """The half of a residual block that one modality takes: norm, convolution, modulated norm, projection.
+    """A residual block's half for one modality: norm, convolution, modulated norm, projection.
 
-    `resample` is None, "down" or "up", by blocks of `size`. The published block resamples right after the
-    convolution. Taking means is left to `conv`; repeating changes no statistics and commutes with all that
-    follows but dropout, so it comes last.
+    `resample` is None, "down" or "up", by blocks of `size`. The published block resamples right
+    after the convolution. Here `conv` takes the means itself, and repeating, which changes no
+    statistics and commutes with all that follows but dropout, comes last.
     """
 
     def __init__(

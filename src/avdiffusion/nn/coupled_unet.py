@@ -1,11 +1,13 @@
 """The coupled audio-video U-Net of MM-Diffusion (Ruan et al. 2023, https://arxiv.org/abs/2212.09478)."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.utils.checkpoint import checkpoint as recompute
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
@@ -22,7 +24,7 @@ from avdiffusion.nn.norm import GroupNorm
 
 
 class Stage(nn.Module):
-    """A residual block, self-attention of each stream, attention between them, then optionally up-sampling."""
+    """A residual block, attention inside each stream, attention between them, up-sampling."""
 
     def __init__(
         self,
@@ -61,12 +63,13 @@ class Stage(nn.Module):
 
 
 class CoupledUNet(nn.Module):
-    """Two U-Nets, one of video [B, C, T, H, W] and one of audio [B, C, L], that attend to each other.
+    """A U-Net of video [B, C, T, H, W] and one of audio [B, C, L] that attend to each other.
 
-    `time` [B] is what the sinusoid embeds. `shifts` holds one integer for every shifting cross-attention in
-    order of the forward pass, from 0 to the maximum that `shift_ranges` gives; None means no shift. Random
-    ones are the caller's to draw: the network is a function of its arguments (dropout aside).
-    `out_factor=2` doubles the output channels, prediction first, then variance.
+    `time` [B] is what the sinusoid embeds. `shifts` holds one integer for every shifting
+    cross-attention in order of the forward pass, from 0 to the maximum that `shift_ranges` gives;
+    None means no shift. Random ones are the caller's to draw: dropout aside, the network is a
+    function of its arguments. `out_factor=2` doubles the output channels, prediction first, then
+    variance.
     """
 
     def __init__(
@@ -183,7 +186,8 @@ class CoupledUNet(nn.Module):
 
     def shift_ranges(self, frames: int) -> list[int]:
         """The largest shift of every shifting cross-attention, for a clip of `frames` frames."""
-        return [frames - min(stage.cross.window, frames) for stage in self.stages() if self.shifts(stage)]
+        windows = [stage.cross.window for stage in self.stages() if self.shifts(stage)]
+        return [frames - min(window, frames) for window in windows]
 
     def shifts(self, stage: Stage) -> bool:
         return self.shifting and stage.cross is not None and stage.cross.window is not None
@@ -192,7 +196,7 @@ class CoupledUNet(nn.Module):
         self, video: Tensor, audio: Tensor, *, time: Tensor, shifts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         self.check(video, audio, shifts)
-        with torch.autocast(video.device.type, enabled=False):
+        with full_precision(video.device.type):
             films = self.film(F.silu(self.time(time_embedding(time, self.channels))))
         films = iter(films.split([block.film_width for block in self.res_blocks()], dim=-1))
         shifts = iter(() if shifts is None else shifts.unbind())
@@ -225,23 +229,29 @@ class CoupledUNet(nn.Module):
         pixels, rate = 2 ** (self.levels - 1), self.audio_rate ** (self.levels - 1)
         if height % pixels or width % pixels:
             raise ValueError(
-                f"{self.levels} levels halve a frame {self.levels - 1} times, {height}x{width} pixels do not "
-                f"divide by {pixels}: use {ceil(height, pixels)}x{ceil(width, pixels)}"
+                f"{self.levels} levels halve a frame {self.levels - 1} times, {height}x{width} "
+                f"pixels do not divide by {pixels}: use {ceil(height, pixels)}x"
+                f"{ceil(width, pixels)}"
             )
         if samples % rate:
             raise ValueError(
-                f"{self.levels} levels shorten the sound {rate} times, {samples} samples do not divide by it: "
-                f"use {samples // rate * rate} or {ceil(samples, rate)}, or another audio_rate"
+                f"{self.levels} levels shorten the sound {rate} times, {samples} samples do not "
+                f"divide by it: use {samples // rate * rate} or {ceil(samples, rate)}, or another "
+                f"audio_rate"
             )
         if samples // rate < frames:
             raise ValueError(
-                f"{samples} samples leave {samples // rate} audio tokens for {frames} frames at the lowest "
-                f"level: use at least {frames * rate} samples, or fewer frames"
+                f"{samples} samples leave {samples // rate} audio tokens for {frames} frames at "
+                f"the lowest level: use at least {frames * rate} samples, or fewer frames"
             )
-        if shifts is not None and len(shifts) != len(self.shift_ranges(frames)):
-            raise ValueError(
-                f"{len(shifts)} shifts for {len(self.shift_ranges(frames))} shifting blocks: see shift_ranges"
-            )
+        blocks = len(self.shift_ranges(frames))
+        if shifts is not None and len(shifts) != blocks:
+            raise ValueError(f"{len(shifts)} shifts for {blocks} shifting blocks: see shift_ranges")
+
+
+def full_precision(device: str) -> AbstractContextManager:
+    """Context in which automatic mixed precision is off."""
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def ceil(value: int, unit: int) -> int:

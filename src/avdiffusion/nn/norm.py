@@ -1,4 +1,4 @@
-"""Group normalisation of channels-last tensors with modulation and SiLU in one differentiable step."""
+"""Group normalisation of channels-last tensors, with modulation and SiLU in one step."""
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ def norm_groups(channels: int) -> int:
 class Normalise(torch.autograd.Function):
     """gain (x - mean) / deviation + bias of [B, N, P, C], then SiLU if asked, in float32.
 
-    Moments are over N and each group of channels; gain and bias are [B or 1, 1, 1, C]. These steps are bound
-    by memory: the chain works in one buffer and keeps nothing but x for the gradient.
+    Moments are over N and each group of channels; gain and bias are [B or 1, 1, 1, C]. The steps
+    are bound by memory: they share one buffer, and only x is kept for the gradient.
     """
 
     @staticmethod

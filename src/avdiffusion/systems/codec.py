@@ -56,7 +56,10 @@ class Patches(nn.Module):
     def _pattern(self, name: str, x: Tensor) -> tuple[str, str, dict[str, int]]:
         """einops' two sides and the block sizes, for as many axes as x has."""
         axes = range(x.dim() - 2)
-        sizes = dict(zip((f"p{k}" for k in axes), self.patch.get(name, [1] * len(axes)), strict=True))
+        patch = self.patch.get(name, [1] * len(axes))
+        if len(patch) != len(axes):
+            raise ValueError(f"patch.{name}={list(patch)} has to name {len(axes)} block sizes")
+        sizes = dict(zip((f"p{k}" for k in axes), patch, strict=True))
         split = "b c " + " ".join(f"(d{k} p{k})" for k in axes)
         joined = f"b (c {' '.join(sizes)}) " + " ".join(f"d{k}" for k in axes)
         return split, joined, sizes

@@ -152,6 +152,8 @@ class DiffusionSystem(pl.LightningModule):
         """Samples 0..num-1 (or those of `index`) as one Media on the CPU; see `samples`."""
         index = range(num) if index is None else index
         parts = [x for _, x in self.samples(index, seed=seed, **options)]
+        if not parts:
+            raise ValueError(f"num={num} and index={index} ask for no sample")
         return reduce(lambda a, b: a.map(lambda v, w: torch.cat([v, w]), b), parts)
 
     @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside

@@ -1,0 +1,254 @@
+"""Every config composes, builds, and says what its Python says."""
+
+import inspect
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+
+from avdiffusion import checkpoint, trust
+from avdiffusion.samplers.sampler import Sampler
+from avdiffusion.systems.diffusion import DiffusionSystem
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(file.stem for file in (ROOT / "configs" / "exp").glob("*.yaml"))
+SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
+GROUPS = {
+    str(folder.relative_to(ROOT / "configs")): sorted(
+        file.stem for file in folder.glob("*.yaml") if file.stem != "stored"
+    )
+    for folder in sorted((ROOT / "configs").rglob("*"))
+    if folder.is_dir()
+}
+CHOICES = {k: v for k, v in GROUPS.items() if v and k not in ("exp", "debug", "hydra", "paths")}
+PARAMETERS = {  # millions, of the networks in the README's ladder
+    "aist": 133.7,
+    "landscape": 133.7,
+}
+
+
+def nodes(config, key="config"):
+    """Every node of a plain config that names a class or function of ours."""
+    if isinstance(config, dict):
+        if str(config.get("_target_", "")).startswith("avdiffusion."):
+            yield key, config
+        for name, value in config.items():
+            yield from nodes(value, f"{key}.{name}")
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from nodes(value, f"{key}.{number}")
+
+
+def rounds():
+    """Overrides that between them choose every option of every group, in few compositions."""
+    for k in range(max(len(options) for options in CHOICES.values())):
+        yield ["~exp", *(f"{g}={options[k % len(options)]}" for g, options in CHOICES.items())]
+
+
+@pytest.fixture(scope="module")
+def configs():
+    """Every option of every group, interpolations as they stand."""
+    return [OmegaConf.to_container(checkpoint.compose(overrides)) for overrides in rounds()]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_compose_and_build_on_the_meta_device(name):
+    config = checkpoint.compose([f"exp={name}", "data.root=clips", "paths.run=run"])
+    plain = checkpoint.plain(config)
+    assert plain["name"] == name
+    assert not list(trust.objections({k: plain[k] for k in ("model", "sampler", "guide")}))
+    with torch.device("meta"):
+        system = checkpoint.build(config.model)
+    assert isinstance(system, DiffusionSystem)
+    assert {p.device.type for p in system.parameters()} == {"meta"}
+    count = sum(p.numel() for p in system.model.parameters())
+    assert count / 1e6 == pytest.approx(PARAMETERS.get(name, count / 1e6), abs=0.05)
+    # The network takes what the data delivers.
+    x = system.latent(1)
+    system.model.net.check(*x.values(), None)
+    net = plain["model"]["diffusion"]["net"]
+    assert [v.shape[1] for v in x.values()] == [net["video_channels"], net["audio_channels"]]
+
+
+def test_published_experiments_follow_the_published_recipe():
+    """Spec 1.1 and 2.5."""
+    for name in ("landscape", "aist"):
+        config = checkpoint.compose([f"exp={name}", "paths.run=run"])
+        assert config.data.batch_size == 128
+        assert config.trainer.max_steps == 100000
+        assert config.trainer.gradient_clip_val is None
+        assert config.model.optimizer.lr == 1e-4
+        assert config.model.optimizer.weight_decay == 0
+        assert list(config.model.optimizer.betas) == [0.9, 0.999]
+        assert config.model.lr_schedule.decay == "constant"
+        assert config.model.lr_schedule.warmup_steps == 0
+        assert config.model.ema.beta == config.model.ema.min_value == 0.9999
+        assert config.model.diffusion.net.dropout == 0.1
+        assert config.model.diffusion.target == "eps"
+        assert config.model.diffusion.path == {
+            "_target_": "avdiffusion.diffusion.path.DiscreteVP",
+            "betas": "linear",
+            "steps": 1000,
+        }
+        assert config.model.diffusion.density.steps == 1000
+        assert config.model.shapes == {"video": [3, 16, 64, 64], "audio": [1, 25600]}
+        assert config.model.rates == {"video": 10, "audio": 16000}
+        assert config.sampler.variance == "large"
+        assert config.data.train.fit == config.data.val.fit == "letterbox"
+        assert config.data.val.flip == 0
+
+
+@pytest.mark.parametrize("group", CHOICES)
+def test_choices_are_files_that_say_something(group):
+    for option in CHOICES[group]:
+        text = (ROOT / "configs" / group / f"{option}.yaml").read_text()
+        assert text.strip(), (group, option)
+
+
+def test_every_argument_stands_in_its_yaml(configs):
+    """A key that is absent could not be overridden; one that is unknown could not be built."""
+    count = 0
+    for config in configs:
+        for key, node in nodes(config):
+            target = get_object(node["_target_"])
+            parameters = set(inspect.signature(target).parameters)
+            if isinstance(target, type) and target.__init__ is torch.nn.Module.__init__:
+                parameters = set()
+            if node.get("_partial_"):
+                parameters -= {"optimizer"}  # handed over when it is called
+            assert node.keys() - SPECIAL == parameters, key
+            count += 1
+    assert count > 30
+
+
+# What a named option is there to set otherwise than Python does.
+VARIANTS = {
+    "avdiffusion.nn.coupled_unet.CoupledUNet": {
+        "channels",
+        "channel_mult",
+        "num_res_blocks",
+        "num_heads",
+        "head_channels",
+    },
+    "avdiffusion.diffusion.path.DiscreteVP": {"betas"},
+    "avdiffusion.data.module.DataModule": {"num_workers", "root"},
+    "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part
+    "avdiffusion.data.toy.Toy": {"num", "seed"},
+}
+
+
+def test_yaml_and_python_state_the_same_defaults(configs):
+    differing = {}
+    for config in configs:
+        for _, node in nodes(config):
+            for name, parameter in inspect.signature(get_object(node["_target_"])).parameters.items():
+                default, value = parameter.default, node.get(name)
+                if default is parameter.empty or isinstance(value, dict):
+                    continue
+                if isinstance(value, str) and "${" in value:
+                    continue
+                if value != (list(default) if isinstance(default, tuple) else default):
+                    differing.setdefault(node["_target_"], set()).add(name)
+    for target, names in differing.items():
+        assert names <= VARIANTS.get(target, set()), target
+
+
+def test_no_key_of_an_experiment_is_unknown():
+    """Compose is strict, so that a misspelt key is an error and not a setting without effect."""
+    with pytest.raises(Exception, match="btch_size"):
+        checkpoint.compose(["data.btch_size=3"])
+    config = checkpoint.compose(["paths.run=run"])
+    with pytest.raises(ConfigAttributeError):
+        config.data.btch_size = 3
+
+
+def test_the_stored_sampler_takes_every_setting_of_every_sampler(configs):
+    stored = checkpoint.compose(["ckpt=x"], config="sample").sampler
+    known = {"stored"}
+    for option in GROUPS["sampler"]:
+        node = checkpoint.compose(["~exp", f"sampler={option}"]).sampler
+        assert issubclass(get_object(node["_target_"]), Sampler)
+        known |= node.keys() - SPECIAL
+    assert set(stored) == known
+    assert all(value is None for name, value in stored.items() if name != "stored")
+
+
+def test_guides_can_be_chosen_and_left_out():
+    assert list(checkpoint.compose([]).guide) == ["clamp"]
+    for config in ("train", "sample"):
+        needed = ["ckpt=x"] if config == "sample" else ["exp=folder"]
+        assert checkpoint.compose([*needed, "guide=[]"], config=config).guide == {}
+        assert list(checkpoint.compose([*needed, "guide=[clamp]"], config=config).guide) == ["clamp"]
+    assert checkpoint.compose(["exp=folder", "guide=[]"]).model.guides == {}
+
+
+def test_multirun_folders_are_short_and_distinct():
+    name = checkpoint.folder_name
+    assert name("model.lr-0.1_seed-0") == "model.lr-0.1_seed-0"
+    assert name("") == "default"
+    assert "/" not in name("path-/a b/c=d~[1]")
+    long = [name("x" * 200 + str(k)) for k in range(3)]
+    assert len(set(long)) == 3
+    assert all(len(n) <= 120 for n in long)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Runs an entry point on a command line in this process; gives what it prints."""
+
+    def run(name, *words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr("sys.argv", [f"{name}.py", *words])
+        checkpoint.GlobalHydra.instance().clear()
+        try:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            if end.code != 0:
+                raise
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_cfg_job_prints_the_config(command, tmp_path):
+    printed = OmegaConf.create(command("train", "--cfg", "job", "data.batch_size=3"))
+    assert printed.data.batch_size == 3
+    assert printed.name == "quickstart"
+    assert OmegaConf.create(command("sample", "--cfg", "job", "ckpt=x", "num=3")).num == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_help_lists_the_choices(name, command, tmp_path):
+    text = command(name, "--help")
+    assert "sampler" in text
+    assert "ddim" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["exp=nope"], "exp/nope"),
+        (["sampler=euler2"], "sampler/euler2"),
+        (["data.bath_size=3"], "bath_size"),
+        (["ckpt=a=b.ckpt"], "ckpt='a=b.ckpt'"),
+    ],
+)
+def test_wrong_words_end_in_one_line(words, message, command):
+    with pytest.raises(SystemExit) as error:
+        command("train", *words)
+    text = str(error.value)
+    assert text.startswith("error: ")
+    assert message in text
+    assert "\n" not in text.strip()
+
+
+def test_a_quoted_path_with_signs_is_taken(command):
+    printed = command("train", "--cfg", "job", "ckpt='runs of [a, b]=c ~/last.ckpt'")
+    assert OmegaConf.create(printed).ckpt == "runs of [a, b]=c ~/last.ckpt"

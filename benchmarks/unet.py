@@ -1,15 +1,17 @@
 """Speed and memory of the coupled U-Net beside what this machine's convolutions reach in the same run.
 
-    python benchmarks/unet.py
-    python benchmarks/unet.py --sizes tiny,small --dtype bf16 --compile
-    python benchmarks/unet.py --device cuda --dtype bf16 --json unet.json
+python benchmarks/unet.py
+python benchmarks/unet.py --sizes tiny,small --dtype bf16 --compile
+python benchmarks/unet.py --device cuda --dtype bf16 --json unet.json
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -90,18 +92,29 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(size, args, rate):
+def flops_of(config, shapes):
+    """Floating-point operations of one forward pass, counted without computing it."""
+    with torch.device("meta"):
+        net, inputs = CoupledUNet(**config), [torch.empty(shape) for shape in shapes]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(*inputs, time=torch.empty(shapes[0][0]))
+    return counter.get_total_flops()
+
+
+def measure(size, args):
+    """One row of the table; called in a process of its own, so that memory starts from nothing."""
     config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{size}.yaml"))
     config.pop("_target_")
     device, batch = torch.device(args.device), args.batch
     channels, frames, pixels, samples = (
         config["video_channels"], args.frames, args.pixels, args.samples,
     )  # fmt: skip
+    shapes = [(batch, channels, frames, pixels, pixels), (batch, config["audio_channels"], samples)]
+    flops = flops_of(config, shapes)
     with PeakMemory(device) as memory:
         torch.manual_seed(0)
         net = CoupledUNet(**config).to(device)
-        video = torch.randn(batch, channels, frames, pixels, pixels, device=device)
-        audio = torch.randn(batch, config["audio_channels"], samples, device=device)
+        video, audio = (torch.randn(shape, device=device) for shape in shapes)
         steps = torch.full((batch,), 500.0, device=device)
         shifts = torch.tensor(net.shift_ranges(frames), device=device) // 2
 
@@ -110,9 +123,6 @@ def measure(size, args, rate):
                 return nullcontext()
             return torch.autocast(device.type, torch.bfloat16)
 
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(video, audio, time=steps, shifts=shifts)
-        flops = counter.get_total_flops()
         if args.compile:
             net.compile()
 
@@ -129,6 +139,7 @@ def measure(size, args, rate):
         seconds = best_time(forward, device, args.repeats)
         step_seconds = float("nan") if args.forward_only else best_time(step, device, args.repeats)
     speed = flops / seconds / 1e9
+    rate = conv_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     return {
         "size": size,
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -157,28 +168,31 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
 
-    device = torch.device(args.device)
     print(
         f"{args.device} {args.dtype} {'compiled' if args.compile else 'eager'}, "
         f"batch {args.batch} of {args.frames}x{args.pixels}x{args.pixels} + {args.samples} samples, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(
-        f"{'size':6} {'params':>11} {'GFLOP':>8} {'forward':>9} {'+backward':>9} "
-        f"{'peak':>8} {'GFLOP/s':>8} {'conv2d':>8} {'fraction':>8}"
+        f"{'size':6} {'parameters':>11} {'GFLOP':>8} {'forward':>9} {'+backward':>9} "
+        f"{'peak memory':>11} {'GFLOP/s':>8} {'conv2d':>8} {'fraction':>8}"
     )
     rows = []
+    processes = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     for size in args.sizes.split(","):
-        rate = conv_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-        row = measure(size, args, rate)
+        row = processes.submit(measure, size, args).result()
         rows.append(row)
         print(
             f"{size:6} {row['parameters']:11,} {row['gflop']:8.1f} {row['forward_s']:7.3f} s "
-            f"{row['forward_backward_s']:7.3f} s {row['peak_mib']:4.0f} MiB "
-            f"{row['gflop_per_s']:8.0f} {rate:8.0f} {row['fraction_of_conv_rate']:8.0%}"
+            f"{row['forward_backward_s']:7.3f} s {row['peak_mib']:7.0f} MiB "
+            f"{row['gflop_per_s']:8.0f} {row['conv_gflop_per_s']:8.0f} "
+            f"{row['fraction_of_conv_rate']:8.0%}",
+            flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args), "rows": rows}, default=str, indent=1))
+        args.json.write_text(
+            json.dumps({"arguments": vars(args), "rows": rows}, default=str, indent=1)
+        )
 
 
 if __name__ == "__main__":

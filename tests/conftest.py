@@ -1,4 +1,4 @@
-"""One thread: the tests' tensors are small, and results then do not depend on the machine's load."""
+"""One thread: the tensors are small, and results then do not depend on the machine's load."""
 
 import torch
 

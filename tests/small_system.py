@@ -59,7 +59,9 @@ def system(*, net=None, lr=1e-2, beta=0.9, target="v", seed=0, **options):
     torch.manual_seed(seed)
     return DiffusionSystem(
         **{
-            "diffusion": Diffusion(net=net or Net(), path=DiscreteVP(betas="cosine"), target=target),
+            "diffusion": Diffusion(
+                net=net or Net(), path=DiscreteVP(betas="cosine"), target=target
+            ),
             "shapes": SHAPES,
             "rates": {"video": CLIP["fps"], "audio": CLIP["sample_rate"]},
             "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
@@ -139,5 +141,3 @@ def fit(model, steps, module=None, ckpt=None, **options):
     run = trainer(steps, **options)
     run.fit(model, module or data(batch_size=4), ckpt_path=ckpt, weights_only=True)
     return run
-
-

@@ -79,7 +79,7 @@ def test_build_raises_the_cause():
     node = {"_target_": "avdiffusion.samplers.ddim.DDIM", "steps": 0}
     with pytest.raises(ValueError, match=r"^steps=0: a sampler takes at least one step$"):
         checkpoint.build(node)
-    with pytest.raises(ValueError, match="^steps=0"):
+    with pytest.raises(ValueError, match=r"^steps=0"):
         checkpoint.build({"nested": {"_target_": "builtins.list", "_args_": [[node]]}})
     assert checkpoint.build({**node, "steps": 3}, eta=0.5) == DDIM(steps=3, eta=0.5)
     assert checkpoint.build({}) == {}
@@ -123,7 +123,7 @@ def test_find(tmp_path):
     }.items():
         with pytest.raises(CheckpointError, match=words):
             checkpoint.find(wrong)
-    with pytest.raises(CheckpointError, match="no last.ckpt below"):
+    with pytest.raises(CheckpointError, match=r"no last\.ckpt below"):
         checkpoint.find("last", tmp_path / "nowhere")
 
 
@@ -448,7 +448,8 @@ def test_the_stored_sampler_stays_checked_when_settings_are_put_on_it(fresh, tmp
 
 
 @pytest.mark.parametrize(
-    "text", ["${oc.env:HOME}", "a ${name}", "${hydra:runtime.cwd}", "\\${x}", "${", "${oc.decode:1}"]
+    "text",
+    ["${oc.env:HOME}", "a ${name}", "${hydra:runtime.cwd}", "\\${x}", "${", "${oc.decode:1}"],
 )
 def test_interpolations_are_refused(text, fresh, tmp_path):
     for place in ("part", "list", "sampler", "guide"):
@@ -499,13 +500,11 @@ def test_configs_that_build_something_else_end_in_one_line(place, key, value, fr
     model = fresh["hyper_parameters"]["model"]
     (model if place == "model" else model[place])[key] = value
     path = save(fresh, tmp_path)
-    try:
+    if key == "_convert_":  # harmless: what is stored holds plain values
         checkpoint.load(path, device="cpu")
-    except ValueError as error:  # a CheckpointError, or what our own constructor says
-        assert "\n" not in str(error)
-        assert str(error)
-    else:
-        assert key == "_convert_"  # harmless: our configs hold plain values
+        return
+    with pytest.raises(ValueError, match=r"^[^\n]+$"):  # also what our own constructors say
+        checkpoint.load(path, device="cpu")
 
 
 def test_trust_allows_and_says_so(fresh, tmp_path, caplog):

@@ -145,7 +145,9 @@ def test_yaml_and_python_state_the_same_defaults(configs):
     differing = {}
     for config in configs:
         for _, node in nodes(config):
-            for name, parameter in inspect.signature(get_object(node["_target_"])).parameters.items():
+            for name, parameter in inspect.signature(
+                get_object(node["_target_"])
+            ).parameters.items():
                 default, value = parameter.default, node.get(name)
                 if default is parameter.empty or isinstance(value, dict):
                     continue
@@ -182,7 +184,9 @@ def test_guides_can_be_chosen_and_left_out():
     for config in ("train", "sample"):
         needed = ["ckpt=x"] if config == "sample" else ["exp=folder"]
         assert checkpoint.compose([*needed, "guide=[]"], config=config).guide == {}
-        assert list(checkpoint.compose([*needed, "guide=[clamp]"], config=config).guide) == ["clamp"]
+        assert list(checkpoint.compose([*needed, "guide=[clamp]"], config=config).guide) == [
+            "clamp"
+        ]
     assert checkpoint.compose(["exp=folder", "guide=[]"]).model.guides == {}
 
 

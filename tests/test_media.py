@@ -98,7 +98,9 @@ def test_collate_and_lightning_keep_the_type():
     same(apply_to_collection(media(), torch.Tensor, torch.neg), -media())
 
 
-@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "through", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
 def test_copies_keep_type_and_values(through):
     x = media()
     same(through(x), x)

@@ -66,7 +66,7 @@ def plain(config: DictConfig) -> dict:
 
 
 def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
-    """The file meant by a path, a run folder, `RUN/best`, or by `best` or `last` of the newest run."""
+    """The file that a path, a run folder, `RUN/best`, or the newest run's `best` or `last` means."""
     path = Path(ckpt)
     if path.is_file():
         return path
@@ -105,7 +105,9 @@ def read(ckpt: str | Path) -> dict:
             f"{path} is refused: it holds more than tensors and plain values, {found}"
         ) from error
     except UNREADABLE as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {first_line(error)}"
+        ) from error
     mark = stored.get("avdiffusion") if isinstance(stored, dict) else None
     if not isinstance(mark, dict) or not isinstance(mark.get("format"), int):
         raise CheckpointError(
@@ -173,7 +175,9 @@ def merged(stored: dict, given: Any, name: str) -> dict:
     unknown = sorted(given.keys() - stored.keys())
     if unknown:
         known = ", ".join(key for key in stored if key != "_target_")
-        raise ValueError(f"{name}.{unknown[0]} is no setting of the stored {name}, which has {known}")
+        raise ValueError(
+            f"{name}.{unknown[0]} is no setting of the stored {name}, which has {known}"
+        )
     return {**stored, **given}
 
 
@@ -203,8 +207,8 @@ def run(main: Callable[[], Any]) -> None:
             name, _, value = word.partition("=")
             quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             raise SystemExit(
-                f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is quoted "
-                f"twice: \"{name}='{quoted}'\""
+                f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is "
+                f"quoted twice: \"{name}='{quoted}'\""
             ) from None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in many lines
     try:

@@ -1,4 +1,4 @@
-"""What a stored config may build: our own parts and torch's, and nothing that acts on the machine."""
+"""What a stored config may build: our own parts and torch's, nothing that acts on the machine."""
 
 import importlib
 from collections.abc import Iterator

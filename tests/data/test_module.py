@@ -38,7 +38,9 @@ def global_batches(size, steps, *, batch_size, micro_batch, world, **options):
         for rank in range(world)
     ]
     return [
-        sorted((r for device in devices for share in device[step] for r in share), key=lambda r: r[1])
+        sorted(
+            (r for device in devices for share in device[step] for r in share), key=lambda r: r[1]
+        )
         for step in range(steps)
     ]
 
@@ -237,7 +239,7 @@ def test_durations():
     ):
         check_duration(fps=10, frames=16, sample_rate=16000, samples=25000)
     for off in (-1, 1):
-        with pytest.raises(ValueError, match="set data.samples=5339"):
+        with pytest.raises(ValueError, match=r"set data\.samples=5339"):
             check_duration(fps=29.97, frames=10, sample_rate=16000, samples=5339 + off)
     with pytest.raises(ValueError, match="fps=0"):
         check_duration(fps=0, frames=10, sample_rate=16000, samples=5339)

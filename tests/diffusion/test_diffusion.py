@@ -193,9 +193,7 @@ def test_variational_bound_teaches_only_the_variance():
 def test_variational_bound_vanishes_for_the_true_posterior():
     class Perfect(torch.nn.Module):
         def forward(self, video, audio, *, time):
-            return tuple(
-                torch.cat([e, -torch.ones_like(e)], 1) for e in swapped().values()
-            )
+            return tuple(torch.cat([e, -torch.ones_like(e)], 1) for e in swapped().values())
 
     diffusion = Diffusion(net=Perfect(), path=VP, learned_variance=True)
     loss = diffusion.loss(clean(), {}, t=times(500, 20), noise=swapped())

@@ -84,7 +84,9 @@ def test_edm_is_the_published_preconditioning(sigma_data):
     total = sigma**2 + sigma_data**2
     torch.testing.assert_close(b / d, sigma_data**2 / total, rtol=1e-12, atol=0)
     torch.testing.assert_close(-sigma / d, sigma * sigma_data / total.sqrt(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(scale_in(alpha, sigma, sigma_data), total.rsqrt(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        scale_in(alpha, sigma, sigma_data), total.rsqrt(), rtol=1e-12, atol=0
+    )
     # The goal F = (x0 - c_skip x) / c_out.
     x0, eps = normal(50), normal(50, seed=1)
     goal = (x0 - (b / d) * (x0 + sigma * eps)) / (-sigma / d)

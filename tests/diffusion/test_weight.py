@@ -49,12 +49,16 @@ def test_uniform(path):
 
 @pytest.mark.parametrize("steps", [1, 7, 1000])
 def test_uniform_over_a_table_visits_every_step_alike(steps):
-    t = Uniform(steps=steps)((torch.arange(steps * 3).double() + 0.5) / (steps * 3), PATHS["linear"])
+    t = Uniform(steps=steps)(
+        (torch.arange(steps * 3).double() + 0.5) / (steps * 3), PATHS["linear"]
+    )
     places, counts = (t * steps).round().unique(return_counts=True)
     assert places.tolist() == list(range(1, steps + 1))
     assert set(counts.tolist()) == {3}
     torch.testing.assert_close(t * steps, (t * steps).round(), rtol=0, atol=1e-9)
-    extremes = Uniform(steps=steps)(torch.tensor([1e-18, 1 - 1e-16], dtype=torch.float64), PATHS["linear"])
+    extremes = Uniform(steps=steps)(
+        torch.tensor([1e-18, 1 - 1e-16], dtype=torch.float64), PATHS["linear"]
+    )
     assert extremes.tolist() == [1 / steps, 1.0]
 
 
@@ -112,7 +116,7 @@ def test_a_weight_is_the_same_on_the_data_whatever_is_predicted(path, sigma_data
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_edm_weight_is_the_published_one(sigma_data):
-    """Karras et al. 2022, table 1: lambda(sigma) on x0, which makes the network's own error count 1."""
+    """Karras et al. 2022, table 1: lambda(sigma) on x0, so that the network's own error counts 1."""
     weight = EDMWeight(sigma_data=sigma_data)
     alpha, sigma, d, _ = terms(PATHS["edm"], "x0", sigma_data)
     expected = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

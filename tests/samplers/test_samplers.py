@@ -33,9 +33,9 @@ def samplers():
     for module in pkgutil.iter_modules(avdiffusion.samplers.__path__):
         module = importlib.import_module(f"avdiffusion.samplers.{module.name}")
         for kind in vars(module).values():
-            if isinstance(kind, type) and issubclass(kind, Sampler) and "solve" in vars(kind):
-                if kind is not Sampler and kind.__module__ == module.__name__:
-                    yield kind
+            defined = isinstance(kind, type) and kind.__module__ == module.__name__
+            if defined and issubclass(kind, Sampler) and kind is not Sampler:
+                yield kind
 
 
 class Seeded:

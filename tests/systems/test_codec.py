@@ -66,7 +66,9 @@ def test_codecs_work_on_the_meta_device():
 
 def test_sizes_that_do_not_divide_are_named():
     codec = Patches(patch={"video": [1, 3, 4]})
-    with pytest.raises(ValueError, match=r"video \[3, 4, 8, 8\] does not divide into .*\[1, 3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"video \[3, 4, 8, 8\] does not divide into .*\[1, 3, 4\]"
+    ):
         codec.encode(media())
     codec = Patches(patch={"audio": [48]})
     with pytest.raises(ValueError, match=r"audio \[1, 64\] does not divide into blocks of \[48\]"):

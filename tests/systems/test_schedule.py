@@ -1,6 +1,7 @@
 """Learning rates over a run."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_cosine_goes_from_one_to_the_final_share():
     assert used[7] == pytest.approx(0.55)
     assert used[4] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(0.2 * math.pi)))
     assert used[12:] == pytest.approx([0.1, 0.1])
-    assert all(a >= b for a, b in zip(used[2:], used[3:], strict=False))
+    assert all(a >= b for a, b in pairwise(used[2:]))
 
 
 def test_a_warmup_longer_than_the_run_is_harmless():

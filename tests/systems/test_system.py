@@ -244,9 +244,7 @@ def test_samples_differ_among_themselves_and_between_seeds():
 
 def test_sampling_yields_groups_and_reports_every_state():
     model, calls = system(), []
-    groups = list(
-        model.samples([9, 4, 7], micro_batch=2, progress=lambda: calls.append(1), seed=1)
-    )
+    groups = list(model.samples([9, 4, 7], micro_batch=2, progress=lambda: calls.append(1), seed=1))
     assert [index for index, _ in groups] == [[9, 4], [7]]
     assert [len(x["audio"]) for _, x in groups] == [2, 1]
     assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in groups[0][1].values())
@@ -361,7 +359,9 @@ def test_integers_are_pixels_and_pcm_samples():
 
 def test_wrong_data_is_named():
     model = system()
-    with pytest.raises(ValueError, match=r"the data has no \['audio'\].*\['index', 'position', 'vid"):
+    with pytest.raises(
+        ValueError, match=r"the data has no \['audio'\].*\['index', 'position', 'vid"
+    ):
         model.encode({k: v for k, v in batch(0).items() if k != "audio"})
     wrong = {**batch(0), "video": torch.zeros(1, 3, 8, 4, 4)}
     with pytest.raises(ValueError, match=r"video comes as \[3, 8, 4, 4\].*expects \[3, 4, 4, 4\]"):

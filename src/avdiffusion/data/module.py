@@ -25,7 +25,7 @@ class Draws(Dataset):
             item = self.dataset.draw(index, np.random.default_rng((seed, position)))
         else:
             item = self.dataset[index]
-        return {**item, "index": index, "position": position}
+        return {"index": index, **item, "position": position}
 
 
 class EndlessBatches:

@@ -220,8 +220,9 @@ class CoupledUNet(nn.Module):
             v, a = (torch.cat(pair, dim=-1) for pair in zip((v, a), skips.pop(), strict=True))
             v, a = run(stage, v, a)
 
-        v, a = whole(self.video_norm, v), whole(self.audio_norm, a)
-        return self.video_out(v), rearrange(self.audio_out(a), "b 1 1 l c -> b c l").contiguous()
+        v = self.video_out(whole(self.video_norm, v))
+        a = rearrange(self.audio_out(whole(self.audio_norm, a)), "b 1 1 l c -> b c l")
+        return v.to(video.dtype), a.to(audio.dtype).contiguous()
 
     def check(self, video: Tensor, audio: Tensor, shifts: Tensor | None) -> None:
         """Refuses sizes that the levels do not divide."""

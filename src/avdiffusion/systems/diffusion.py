@@ -99,7 +99,7 @@ class DiffusionSystem(pl.LightningModule):
         return total
 
     def encode(self, batch: dict) -> Media:
-        """What is diffused of a batch; its integers are pixels or PCM samples, its floats in [-1, 1]."""
+        """What is diffused of a batch: integers are pixels or PCM samples, floats in [-1, 1]."""
         missing = [name for name in self.shapes if name not in batch]
         if missing:
             raise ValueError(f"the data has no {missing}: a batch holds {sorted(batch)}")
@@ -188,11 +188,11 @@ class DiffusionSystem(pl.LightningModule):
 
             for guide in guides:
                 denoise = guide(denoise, Task(model.path))
-            for x in sampler(denoise, x, model.path, noise=noise.fork("step")):
+            for state in sampler(denoise, x, model.path, noise=noise.fork("step")):  # noqa: B007
                 if progress is not None:
                     progress()
-            clips = self.codec.decode(x)
-            yield group, clips.map(lambda v, n=len(group): v[:n].float().cpu())
+            clips, count = self.codec.decode(state), len(group)
+            yield group, clips.map(lambda v, n=count: v[:n].float().cpu())
 
 
 def _unit(value: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Sample clips from a checkpoint; needs nothing but the checkpoint.
 
-    python sample.py ckpt=RUN_FOLDER                         # 16 clips and a gallery beside it
-    python sample.py ckpt=best num=64 seed=1 out=clips       # of the newest run
-    python sample.py ckpt=last.ckpt sampler=ddim sampler.steps=25 "save=[mp4,gif]"
+python sample.py ckpt=RUN_FOLDER                         # 16 clips and a gallery beside it
+python sample.py ckpt=best num=64 seed=1 out=clips       # of the newest run
+python sample.py ckpt=last.ckpt sampler=ddim sampler.steps=25 "save=[mp4,gif]"
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def sample(config: DictConfig) -> None:
     missing = writer.missing(index)
     if len(missing) < len(index):
         log.info("%d of %d samples are already in %s", len(index) - len(missing), len(index), out)
-    with tqdm(total=len(missing), unit="clip", disable=not missing) as bar:
+    with tqdm(total=len(missing), unit="clip", disable=None if missing else True) as bar:
         options = {"seed": config.seed, "micro_batch": config.micro_batch}
         for group, clips in system.samples(missing, progress=bar.refresh, **options):
             writer.add(group, clips)

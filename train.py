@@ -1,10 +1,10 @@
 """Train a model.
 
-    python train.py                                          # the quickstart, minutes on a CPU
-    python train.py exp=folder data.root=DIR                 # any folder of clips
-    python train.py exp=landscape strategy=ddp trainer.devices=8
-    python train.py exp=landscape ckpt=RUN_FOLDER            # go on from its last checkpoint
-    python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
+python train.py                                          # the quickstart, minutes on a CPU
+python train.py exp=folder data.root=DIR                 # any folder of clips
+python train.py exp=landscape strategy=ddp trainer.devices=8
+python train.py exp=landscape ckpt=RUN_FOLDER            # go on from its last checkpoint
+python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
 
 import logging
@@ -26,6 +26,8 @@ def train(config: DictConfig) -> float | None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     plain = checkpoint.plain(config)
     resume = checkpoint.find(config.ckpt, config.paths.runs) if config.ckpt else None
+    if resume:
+        checkpoint.read(resume)  # before anything is written
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
     system.save_hyperparameters(plain)
@@ -34,7 +36,9 @@ def train(config: DictConfig) -> float | None:
         logger=[each for each in checkpoint.build(config.logger).values() if each],
         callbacks=list(checkpoint.build(config.callbacks).values()),
     )
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+    micro_batch, trainer.accumulate_grad_batches = data.split(trainer.world_size)
+    # Lightning counts micro-batches, we optimiser steps.
+    trainer.val_check_interval = config.trainer.val_check_interval * trainer.accumulate_grad_batches
     OmegaConf.save(OmegaConf.create(plain), f"{config.paths.run}/config.yaml")
     log.info(
         "%s: %.1f M parameters; batch %d = %d device(s) x %d x %d accumulated; run folder %s",
@@ -42,7 +46,7 @@ def train(config: DictConfig) -> float | None:
         sum(p.numel() for p in system.model.parameters()) / 1e6,
         data.batch_size,
         trainer.world_size,
-        data.micro_batch,
+        micro_batch,
         trainer.accumulate_grad_batches,
         config.paths.run,
     )

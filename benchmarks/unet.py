@@ -1,4 +1,4 @@
-"""Speed and memory of the coupled U-Net beside what this machine's convolutions reach in the same run.
+"""Speed and memory of the coupled U-Net, beside the rate of this machine's convolutions.
 
 python benchmarks/unet.py
 python benchmarks/unet.py --sizes tiny,small --dtype bf16 --compile
@@ -170,8 +170,8 @@ def main():
 
     print(
         f"{args.device} {args.dtype} {'compiled' if args.compile else 'eager'}, "
-        f"batch {args.batch} of {args.frames}x{args.pixels}x{args.pixels} + {args.samples} samples, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"batch {args.batch} of {args.frames}x{args.pixels}x{args.pixels} and {args.samples} "
+        f"samples, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     print(
         f"{'size':6} {'parameters':>11} {'GFLOP':>8} {'forward':>9} {'+backward':>9} "

@@ -1,5 +1,16 @@
-"""One thread: the tensors are small, and results then do not depend on the machine's load."""
+"""No test reaches the network, the user's cache or a W&B account."""
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def pytest_configure():
+    # small tensors: more threads only wait for each other
+    torch.set_num_threads(1)

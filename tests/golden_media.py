@@ -55,4 +55,3 @@ class ClosedForm(torch.nn.Module):
         eps_video = torch.tanh(video) * row(0.3 + 0.6 * s, video) + row(0.1 * mean(audio), video)
         eps_audio = torch.sin(audio) * row(0.2 + 0.7 * s, audio) + row(0.1 * mean(video), audio)
         return eps_video, eps_audio
-

@@ -1,6 +1,7 @@
 """Command lines as people type them: what cannot work ends in one line that says why."""
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -79,10 +80,9 @@ def test_files_that_are_no_clips(refused, clips):
     clip(clips / "short.mp4", seconds=0.5)
     error = refused(f"{FOLDER} data.root={clips}")
     assert "5 of 6 files" in error
-    assert "data.on_bad=skip" in error
-    clip(clips / "second.mp4")
+    assert "data.train.on_bad=skip" in error
     assert "cut.mp4" in error
-    for name in ("whole", "second", "cut", "text", "mute"):
+    for name in ("whole", "cut", "text", "mute"):
         (clips / f"{name}.mp4").unlink()
     error = refused(f"{FOLDER} data.root={clips} data.train.on_bad=skip")
     assert "2 of 2 files" in error
@@ -94,8 +94,8 @@ def test_a_root_with_spaces_brackets_and_signs(refused, tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     quoted = str(folder).replace("'", "\\'")
-    value = f"data.root='{quoted}'".replace('"', '\\"').replace("$", "\\$").replace("\\'", "\\\\'")
-    assert str(folder) in refused(f'{FOLDER} "{value}"')
+    word = shlex.quote(f"data.root='{quoted}'")
+    assert str(folder) in refused(f"{FOLDER} {word}")
 
 
 # --------------------------------------------------------------------------------- sizes and words
@@ -104,8 +104,8 @@ def test_a_root_with_spaces_brackets_and_signs(refused, tmp_path, name):
 def test_sizes_that_do_not_fit(refused):
     fast = "python train.py logger=csv debug=fast"
     error = refused(f"{fast} data.samples=6000")
-    assert "1.6 s" in error
-    assert "1.5 s" in error
+    assert "1.5000 s" in error
+    assert "1.6000 s" in error
     assert "6400" in error
     error = refused(f'{fast} "data.size=[36,32]" model/codec=identity model/net=tiny')
     assert "36x32" in error
@@ -169,7 +169,8 @@ def test_hostile_configs_are_refused_by_name(refused, project, tmp_path, kind):
 @pytest.fixture(scope="module")
 def trained(project):
     """The run folder of a quickstart of four steps."""
-    result = project("python train.py debug=fast")
+    few = " ".join(f"callbacks.samples.{name}=2" for name in ("num", "final_num", "real_num"))
+    result = project(f"python train.py debug=fast callbacks.samples.micro_batch=2 {few}")
     assert result.status == 0, result.err
     return max(project.folder.glob("runs/quickstart/*/"), key=lambda f: f.stat().st_mtime)
 
@@ -178,7 +179,7 @@ def test_train_then_sample(project, trained):
     assert {"config.yaml", "metrics.csv", "checkpoints", "samples"} <= {
         f.name for f in trained.iterdir()
     }
-    result = project("python sample.py ckpt=last num=2 out=clips")
+    result = project("python sample.py ckpt=last num=2 out=clips micro_batch=2")
     assert result.status == 0, result.err
     assert str(Path("clips", "gallery.html")) in result.out
     names = {f.name for f in (project.folder / "clips").iterdir()}
@@ -186,8 +187,10 @@ def test_train_then_sample(project, trained):
 
 
 def test_samples_of_other_settings_are_kept_apart(project, trained, refused):
-    assert project(f"python sample.py ckpt={trained} num=1 out=kept").status == 0
-    assert "overwrite=true" in refused(f"python sample.py ckpt={trained} num=1 out=kept seed=3")
+    assert project(f"python sample.py ckpt={trained} num=1 micro_batch=1 out=kept").status == 0
+    assert "overwrite=true" in refused(
+        f"python sample.py ckpt={trained} num=1 micro_batch=1 out=kept seed=3"
+    )
     assert "steps" in refused(f"python sample.py ckpt={trained} sampler.steps=0 out=none")
     assert "avi" in refused(f'python sample.py ckpt={trained} "save=[avi]" out=none')
 

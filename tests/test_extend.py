@@ -13,7 +13,11 @@ pytestmark = [
 ]
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 FILES = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,12 @@ def project(tmp_path_factory):
 
 
 def test_the_page_has_files_and_commands():
-    assert {name for name, _ in FILES} > {"my_data.py", "my_net.py", "my_sampler.py", "my_metric.py"}
+    assert {name for name, _ in FILES} > {
+        "my_data.py",
+        "my_net.py",
+        "my_sampler.py",
+        "my_metric.py",
+    }
     assert len(COMMANDS) >= 5
     dataset = dict(FILES)["my_data.py"].strip()
     assert len([line for line in dataset.splitlines() if line.strip()]) <= 15

@@ -66,7 +66,7 @@ def plain(config: DictConfig) -> dict:
 
 
 def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
-    """The file that a path, a run folder, `RUN/best`, or the newest run's `best` or `last` means."""
+    """The file a path, a run folder, `RUN/best`, or `best` or `last` of the newest run means."""
     path = Path(ckpt)
     if path.is_file():
         return path
@@ -178,7 +178,13 @@ def merged(stored: dict, given: Any, name: str) -> dict:
         raise ValueError(
             f"{name}.{unknown[0]} is no setting of the stored {name}, which has {known}"
         )
-    return {**stored, **given}
+    return {
+        **stored,
+        **{
+            key: {**stored[key], **value} if isinstance(value, dict) else value
+            for key, value in given.items()
+        },
+    }
 
 
 def first_line(error: BaseException) -> str:

@@ -89,7 +89,9 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
                 for kind in ("spatial", "temporal", "audio"):
                     attention = getattr(block, kind)
                     if attention is not None:
-                        yield from self_attention(f"{name}.{number}.{kind}_attention_block", attention)
+                        yield from self_attention(
+                            f"{name}.{number}.{kind}_attention_block", attention
+                        )
 
     film_rows, start = {}, 0
     for block in net.res_blocks():

@@ -187,24 +187,24 @@ def test_resumed_training_is_training_that_went_on(tmp_path):
         assert all(torch.equal(state[k], v) for k, v in whole.state_dict().items())
 
 
-def test_accumulation():
-    assert data(batch_size=16).accumulation(1) == 1
+def test_split():
+    assert data(batch_size=16).split(1) == (16, 1)
     module = data(batch_size=16)
-    assert module.accumulation(4) == 1
-    assert module.micro_batch == 4
-    assert data(batch_size=16, micro_batch=2).accumulation(1) == 8
-    assert data(batch_size=16, micro_batch=2).accumulation(4) == 2
+    assert module.split(4) == (4, 1)
+    assert module.split(2) == (8, 1)
+    assert data(batch_size=16, micro_batch=2).split(1) == (2, 8)
+    assert data(batch_size=16, micro_batch=2).split(4) == (2, 2)
     with pytest.raises(ValueError, match=r"batch_size=16 is global and 3 devices do not divide it"):
-        data(batch_size=16).accumulation(3)
+        data(batch_size=16).split(3)
     with pytest.raises(ValueError, match=r"micro_batch=3 does not divide .* 8 .*over 2 devices"):
-        data(batch_size=16, micro_batch=3).accumulation(2)
+        data(batch_size=16, micro_batch=3).split(2)
     for wrong in ({"batch_size": 0}, {"micro_batch": 0}, {"micro_batch": -2}):
         with pytest.raises(ValueError, match="below 1"):
             data(**{"batch_size": 16, **wrong})
 
 
 def test_validation_is_in_order_and_split_over_devices():
-    module = data(val=7, batch_size=3)
+    module = data(val=7, batch_size=6)
     seen = []
     for rank in (0, 1):
         module.trainer = SimpleNamespace(global_rank=rank, world_size=2)

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from avdiffusion.diffusion.diffusion import Diffusion, posterior_mean, posterior_variance
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.diffusion import Diffusion
+from avdiffusion.diffusion.path import (
+    EDM,
+    DiscreteVP,
+    RectifiedFlow,
+    posterior_mean,
+    posterior_variance,
+)
 from avdiffusion.diffusion.weight import MinSNR
 from avdiffusion.media import Media
 from avdiffusion.samplers.ddim import DDIM

@@ -116,7 +116,7 @@ def test_a_weight_is_the_same_on_the_data_whatever_is_predicted(path, sigma_data
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_edm_weight_is_the_published_one(sigma_data):
-    """Karras et al. 2022, table 1: lambda(sigma) on x0, so that the network's own error counts 1."""
+    """Karras et al. 2022, table 1: lambda(sigma) on x0, so that the network's error counts 1."""
     weight = EDMWeight(sigma_data=sigma_data)
     alpha, sigma, d, _ = terms(PATHS["edm"], "x0", sigma_data)
     expected = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

@@ -81,7 +81,7 @@ def build_index(
     if new:
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-            tqdm(total=len(new), desc=f"reading {root}", unit="file") as bar,
+            tqdm(total=len(new), desc=f"reading {root}", unit="file", disable=None) as bar,
         ):
             for entry in pool.map(lambda path: _examined(root, path, stats[path]), new):
                 entries[entry.path] = entry

@@ -112,27 +112,26 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.num_workers, self.seed = num_workers, seed
 
-    def accumulation(self, world: int) -> int:
-        """Micro-batches an optimiser step takes on each of `world` devices; sets `micro_batch`."""
+    def split(self, world: int) -> tuple[int, int]:
+        """(micro-batch, how many of them an optimiser step takes) of each of `world` devices."""
         if self.batch_size % world:
             raise ValueError(
                 f"data.batch_size={self.batch_size} is global and {world} devices do not divide it"
             )
         share = self.batch_size // world
-        self.micro_batch = self.micro_batch or share
-        if share % self.micro_batch:
+        held = self.micro_batch or share
+        if share % held:
             raise ValueError(
-                f"data.micro_batch={self.micro_batch} does not divide a device's share of "
+                f"data.micro_batch={held} does not divide a device's share of "
                 f"{share} (data.batch_size={self.batch_size} over {world} devices)"
             )
-        return share // self.micro_batch
+        return held, share // held
 
     def train_dataloader(self) -> DataLoader:
-        self.accumulation(self.trainer.world_size)
         batches = EndlessBatches(
             len(self.train),
             batch_size=self.batch_size,
-            micro_batch=self.micro_batch,
+            micro_batch=self.split(self.trainer.world_size)[0],
             seed=self.seed,
             start=self.trainer.global_step,
             rank=self.trainer.global_rank,
@@ -145,7 +144,7 @@ class DataModule(pl.LightningDataModule):
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
         mine = Subset(Indexed(self.val), range(rank, len(self.val), world))
-        return self._loader(mine, batch_size=self.micro_batch or self.batch_size)
+        return self._loader(mine, batch_size=self.split(world)[0])
 
     def _loader(self, dataset: Dataset, **order) -> DataLoader:
         return DataLoader(

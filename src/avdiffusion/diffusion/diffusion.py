@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from avdiffusion.diffusion.path import Path
+from avdiffusion.diffusion.path import Path, posterior_mean, posterior_variance, rows
 from avdiffusion.diffusion.target import TARGETS, det, scale_in
 from avdiffusion.diffusion.weight import Constant, Density, Uniform, Weight
 from avdiffusion.media import Media
@@ -74,12 +74,12 @@ class Diffusion(nn.Module):
         in bits, with the mean held fixed.
         """
         alpha, sigma = self._levels(t)
-        x = x0.map(lambda v, e, a, s: _row(a, v) * v + _row(s, v) * e, noise, alpha, sigma)
+        x = x0.map(lambda v, e, a, s: rows(a, v) * v + rows(s, v) * e, noise, alpha, sigma)
         out, spread = self._run(x, t, alpha, sigma, cond)
 
         def error(o, v, e, m, a, s):
             pair = self._pair(a, s)
-            goal = _row(pair[0], v) * v + _row(pair[1], v) * e
+            goal = rows(pair[0], v) * v + rows(pair[1], v) * e
             square = (o.float() - goal).square()
             w = self.weight(a, s, det(a, s, pair)).to(v.device, torch.float32)
             if m is None:
@@ -109,7 +109,7 @@ class Diffusion(nn.Module):
         return TARGETS[self.target](alpha, sigma, self.sigma_data)
 
     def _run(self, x, t, alpha, sigma, cond) -> tuple[Media, Media | None]:
-        x = x.map(lambda v, a, s: v * _row(scale_in(a, s, self.sigma_data), v), alpha, sigma)
+        x = x.map(lambda v, a, s: v * rows(scale_in(a, s, self.sigma_data), v), alpha, sigma)
 
         def told(value: Tensor, t: Tensor) -> Tensor:
             return self.path.embed(t).to(value.device, torch.float32).expand(len(value))
@@ -127,12 +127,12 @@ class Diffusion(nn.Module):
         def x0(v, o, a, s):
             pair = self._pair(a, s)
             d = det(a, s, pair)
-            return _row(pair[1] / d, v) * v - _row(s / d, v) * o.float()
+            return rows(pair[1] / d, v) * v - rows(s / d, v) * o.float()
 
         def eps(v, o, a, s):
             pair = self._pair(a, s)
             d = det(a, s, pair)
-            return _row(a / d, v) * o.float() - _row(pair[0] / d, v) * v
+            return rows(a / d, v) * o.float() - rows(pair[0] / d, v) * v
 
         return x.map(x0, out, alpha, sigma), x.map(eps, out, alpha, sigma)
 
@@ -144,38 +144,14 @@ class Diffusion(nn.Module):
         # The last step has no posterior variance; the one before it stands in.
         first = s < step / 2
         small = torch.where(first, posterior_variance(self.path, t + step, t)[0], small)
-        low, high = _row(small.log(), x), _row(large.log(), x)
+        low, high = rows(small.log(), x), rows(large.log(), x)
         log_var = low + (spread + 1) / 2 * (high - low)
         mean = posterior_mean(self.path, x, found.detach(), t, s)
         true = posterior_mean(self.path, x, x0, t, s)
         kl = 0.5 * (log_var - low + (low - log_var).exp() - 1)
         kl = kl + 0.5 * (true - mean).square() * (-log_var).exp()
-        nats = torch.where(_row(first, x).bool(), -_log_likelihood(x0, mean, log_var), kl)
+        nats = torch.where(rows(first, x).bool(), -_log_likelihood(x0, mean, log_var), kl)
         return nats.flatten(1).mean(1) / math.log(2)
-
-
-def posterior_variance(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance of x_s given x_t: known x0 (small) and unknown, unit-free x0 (large)."""
-    ratio = path.alpha(t) / path.alpha(s)
-    large = path.sigma(t) ** 2 - (ratio * path.sigma(s)) ** 2
-    return large * (path.sigma(s) / path.sigma(t)) ** 2, large
-
-
-def posterior_mean(path: Path, x, x0, t: Tensor, s: Tensor):
-    """Mean of x_s given x_t and x0 (Ho et al. 2020, equation 7)."""
-    ratio, variance = path.alpha(t) / path.alpha(s), posterior_variance(path, t, s)[1]
-    from_x = ratio * (path.sigma(s) / path.sigma(t)) ** 2
-    from_x0 = path.alpha(s) * variance / path.sigma(t) ** 2
-    if from_x.dim():
-        return _row(from_x, x) * x + _row(from_x0, x) * x0
-    return from_x * x + from_x0 * x0
-
-
-def _row(value: Tensor, like: Tensor) -> Tensor:
-    """A scalar as it is; [B] on `like`'s device, type and rank."""
-    if value.dim() == 0:
-        return value
-    return value.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:

@@ -148,3 +148,27 @@ class EDM:
     def embed(self, t: Tensor) -> Tensor:
         """1000 times c_noise = log(sigma) / 4, so that the sinusoids resolve it."""
         return -250 * self.lam(t)
+
+
+def posterior_variance(path: Path, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance of x_s given x_t: known x0 (small) and unknown, unit-free x0 (large)."""
+    ratio = path.alpha(t) / path.alpha(s)
+    large = path.sigma(t) ** 2 - (ratio * path.sigma(s)) ** 2
+    return large * (path.sigma(s) / path.sigma(t)) ** 2, large
+
+
+def posterior_mean(path: Path, x, x0, t: Tensor, s: Tensor):
+    """Mean of x_s given x_t and x0 (Ho et al. 2020, equation 7)."""
+    ratio, variance = path.alpha(t) / path.alpha(s), posterior_variance(path, t, s)[1]
+    from_x = ratio * (path.sigma(s) / path.sigma(t)) ** 2
+    from_x0 = path.alpha(s) * variance / path.sigma(t) ** 2
+    if from_x.dim():
+        return rows(from_x, x) * x + rows(from_x0, x) * x0
+    return from_x * x + from_x0 * x0
+
+
+def rows(value: Tensor, like: Tensor) -> Tensor:
+    """A scalar as it is; [B] on `like`'s device, type and rank."""
+    if value.dim() == 0:
+        return value
+    return value.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-from avdiffusion.diffusion.diffusion import posterior_mean, posterior_variance
+from avdiffusion.diffusion.path import posterior_mean, posterior_variance
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import Sampler
 

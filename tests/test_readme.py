@@ -1,0 +1,161 @@
+"""README and docs hold: their commands parse and run, their links lead somewhere."""
+
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from entry import ROOT, Project
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_object
+
+from avdiffusion import checkpoint
+
+README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+FLAGS = {"-m", "--multirun", "--help", "--hydra-help"}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+
+
+def commands(page):
+    """Lines of a page's shell blocks, taken apart at `&&`."""
+    lines = "".join(blocks(page, "bash")).splitlines()
+    return [part.strip() for line in lines for part in line.split("&&")]
+
+
+ENTRY = sorted({c for page in PAGES.values() for c in commands(page) if c.startswith("python ")})
+# What needs data, devices or hours that a test has not; all the rest of the README is run.
+NOT_RUN = {
+    "pip": "installation is what .ci/run does first",
+    "pytest": "this is it",
+    "exp=folder": "20 000 steps; shortened in tests/test_cli.py",
+    "exp=landscape": "needs Landscape and GPUs",
+    "logger=": "the first command again, with other loggers; see tests/callbacks",
+    "-m": "see tests/test_cli.py",
+}
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    """As it stands there, and the files it names are there."""
+    lines = "".join(blocks(README, "bash")).splitlines()
+    (line,) = [line for line in lines if line.endswith("&& pytest")]
+    assert f"({line})" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / "constraints.txt").is_file()
+
+
+@pytest.mark.parametrize("command", ENTRY)
+def test_commands_parse_and_compose(command):
+    """Overrides of all entry points make a config; every point of a sweep does."""
+    _, script, *words = shlex.split(command)
+    assert (ROOT / script).is_file()
+    if script not in ("train.py", "sample.py"):
+        return
+    if "--cfg" in words:
+        at = words.index("--cfg")
+        del words[at : at + 2]
+    words = [word for word in words if word not in FLAGS]
+    parsed = OverridesParser.create().parse_overrides(words)
+    choices = [
+        [f"{each.get_key_element()}={value}" for value in each.sweep_string_iterator()]
+        if each.is_sweep_override()
+        else [word]
+        for each, word in zip(parsed, words, strict=True)
+    ]
+    own = {"net=plain", "sampler=renoise"}  # files of docs/extend.md; tests/test_extend.py
+    for point in itertools.product(*choices):
+        overrides = [word for word in point if not any(word.endswith(name) for name in own)]
+        config = checkpoint.compose(overrides, config=Path(script).stem)
+        assert script == "sample.py" or config.model._target_
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_brackets_are_quoted_for_every_shell(page):
+    for command in commands(PAGES[page]):
+        bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+        assert not re.search(r"[\[\]{}*?~]", bare), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_files_exist(page):
+    text = PAGES[page]
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for name in re.findall(r"`((?:tests|docs|src|configs|benchmarks|\.ci)/[\w./-]+)`", prose):
+        if name != "configs/local/default.yaml":
+            assert (ROOT / name).exists(), name
+    for name in re.findall(r"`(avdiffusion(?:\.\w+)+)[`(]", prose):
+        assert get_object(name) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_nothing_is_left_to_fill_in(page):
+    assert not re.findall(r"<<.*?>>", PAGES[page])
+
+
+def test_both_citations_are_there():
+    text = (ROOT / "docs" / "references.md").read_text()
+    assert "{ruan2022mmdiffusion," in text
+    assert "{ruan2023mmdiffusionlearningmultimodaldiffusion," in text
+
+
+def test_every_parameter_of_the_published_scripts_has_its_line():
+    training, sampling = (ROOT / "docs" / "seed_parameters.md").read_text().split("## Sampling")
+    theirs = "data_dir output_dir batch_size num_workers video_size audio_size video_fps audio_fps"
+    theirs += " lr t_lr sample_fn save_interval log_interval use_fp16"
+    for name in theirs.split():
+        assert f"\n| `{name}`" in training, name
+    theirs = "multimodal_model_path sr_model_path output_dir batch_size all_save_num large_size"
+    theirs += " sample_fn sr_sample_fn save_type"
+    for name in theirs.split():
+        assert f"\n| `{name}`" in sampling, name
+
+
+def test_every_promise_is_kept_or_open():
+    """As many lines as were promised, each with its keeper."""
+    text = (ROOT / "docs" / "promises.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in rows if not line.startswith("| promise")]
+    assert len(rows) >= 60
+    for row in rows:
+        assert "open" in row[-1] or "`" in row[-1] or "this repository" in row[-1], row
+
+
+def test_the_drawing_is_of_this_network():
+    script = ROOT / "docs" / "images" / "coupled_unet.py"
+    assert runpy.run_path(str(script))["draw"]() == script.with_suffix(".svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
+def test_the_readme_from_the_top(tmp_path_factory):
+    """Its commands and its Python, as they stand, in a folder that holds only what they need."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    lines = [c for c in commands(README) if not any(word in c for word in NOT_RUN)]
+    assert lines[0] == "python train.py"
+    assert len(lines) >= 3
+    for command in lines:
+        result = project(command)
+        assert result.status == 0, f"{command}\n{result.err}"
+    (run,) = project.folder.glob("runs/quickstart/*/")
+    final = run / "samples" / "final"
+    assert "data:video/mp4" in (final / "gallery.html").read_text()
+    scores = json.loads((final / "samples.json").read_text())["scores"]["toy_f1"]
+    assert scores["real"] >= 0.9
+    assert scores["mismatched"] <= 0.25
+    assert scores["generated"] >= scores["mismatched"] + 0.15
+
+    (project.folder / "snippet.py").write_text("".join(blocks(README, "python")))
+    printed = project("python snippet.py")
+    assert printed.status == 0, printed.err
+    assert "torch.Size([4, 3, " in printed.out
+    project.close()

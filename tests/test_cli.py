@@ -107,7 +107,7 @@ def test_sizes_that_do_not_fit(refused):
     assert "1.5000 s" in error
     assert "1.6000 s" in error
     assert "6400" in error
-    error = refused(f'{fast} "data.size=[36,32]" model/codec=identity model/net=tiny')
+    error = refused(f'{fast} exp=folder data=toy "data.size=[36,32]"')
     assert "36x32" in error
     error = refused(f"{fast} data.batch_size=6 data.micro_batch=4")
     assert "micro_batch=4" in error

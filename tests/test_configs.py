@@ -134,6 +134,7 @@ VARIANTS = {
         "num_heads",
         "head_channels",
     },
+    "avdiffusion.diffusion.guide.Clamp": {"low", "high"},
     "avdiffusion.diffusion.path.DiscreteVP": {"betas"},
     "avdiffusion.data.module.DataModule": {"num_workers", "root"},
     "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part

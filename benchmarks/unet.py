@@ -137,7 +137,7 @@ def measure(size, args):
             sum(output.float().square().mean() for output in outputs).backward()
 
         seconds = best_time(forward, device, args.repeats)
-        step_seconds = float("nan") if args.forward_only else best_time(step, device, args.repeats)
+        step_seconds = None if args.forward_only else best_time(step, device, args.repeats)
     speed = flops / seconds / 1e9
     rate = conv_rate(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     return {
@@ -184,7 +184,7 @@ def main():
         rows.append(row)
         print(
             f"{size:6} {row['parameters']:11,} {row['gflop']:8.1f} {row['forward_s']:7.3f} s "
-            f"{row['forward_backward_s']:7.3f} s {row['peak_mib']:7.0f} MiB "
+            f"{row['forward_backward_s'] or float('nan'):7.3f} s {row['peak_mib']:7.0f} MiB "
             f"{row['gflop_per_s']:8.0f} {row['conv_gflop_per_s']:8.0f} "
             f"{row['fraction_of_conv_rate']:8.0%}",
             flush=True,

@@ -5,6 +5,7 @@ command; what happens in the fork is what happens in a fresh process.
 """
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -84,8 +85,8 @@ class Project:
     def files(self) -> set[str]:
         """Files that commands have left, without the records of their configs and logs."""
         files = {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
-        ours = {f for f in files if f.startswith("configs") or f in ("train.py", "sample.py")}
-        return {f for f in files - ours if ".hydra" not in f and not f.endswith(".log")}
+        records = re.compile(r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$)")
+        return {f for f in files if not records.match(f)}
 
     def close(self) -> None:
         self.server.stdin.close()

@@ -108,8 +108,8 @@ def draw() -> str:
     )
     right = RIGHT + STREAM * 2 + 96 - 60
     parts.append(
-        f'<path d="M{end_x + STREAM * 2 + 96 + 4} {y + 37}H{right}V{y - ROW + BOX + 8}" fill="none" '
-        f'stroke="{INK}" marker-end="url(#tip)"/>'
+        f'<path d="M{end_x + STREAM * 2 + 100} {y + 37}H{right}V{y - ROW + BOX + 8}" '
+        f'fill="none" stroke="{INK}" marker-end="url(#tip)"/>'
     )
     total = sum(p.numel() for p in net.parameters()) / 1e6
     note = f"{total:.1f} million parameters; every block also hears the time; dashes: skips"
@@ -120,7 +120,8 @@ def draw() -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" '
             'font-family="system-ui, sans-serif">',
             '<defs><marker id="tip" viewBox="0 0 8 8" refX="6" refY="4" markerWidth="7" '
-            'markerHeight="7" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z"/></marker></defs>',
+            'markerHeight="7" orient="auto-start-reverse">'
+            '<path d="M0 0L8 4L0 8z"/></marker></defs>',
             f'<rect width="{w}" height="{h}" fill="#ffffff"/>',
             *parts,
             "</svg>\n",

@@ -1,7 +1,7 @@
-"""Key map between the published MM-Diffusion weights and `CoupledUNet`: the same numbers under other names.
+"""Key map between published MM-Diffusion weights and `CoupledUNet`: same numbers, other names.
 
-Published tensors differ from ours in name and in axes of length one; the time projection of every block is a
-slice of our `film`.
+Published tensors differ from ours in name and in axes of length one; the time projection of every
+block is a slice of our `film`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
-from avdiffusion.nn.blocks import Branch, ResBlock
+from avdiffusion.nn.blocks import ResBlock
 from avdiffusion.nn.coupled_unet import CoupledUNet, Stage
 
 
@@ -41,20 +41,15 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
     def norm(published, module):
         return pair(f"{published}.GroupNorm", module)
 
-    def branch_in(name, branch: Branch):
-        yield from norm(f"{name}_in_layers.0", branch.norm)
-        if name.endswith("audio"):
-            yield from pair(f"{name}_in_layers.2.audio_conv", branch.conv, (3,))
-        else:
-            yield from video_conv(f"{name}_in_layers.2.video_conv", branch.conv)
-
     def video_conv(published, conv):
         yield from pair(f"{published}_spatial", conv.space, (3, 3))
         yield from pair(f"{published}_temporal", conv.time, (3,))
 
     def res_block(name, block: ResBlock):
-        yield from branch_in(f"{name}.video", block.video)
-        yield from branch_in(f"{name}.audio", block.audio)
+        yield from norm(f"{name}.video_in_layers.0", block.video.norm)
+        yield from video_conv(f"{name}.video_in_layers.2.video_conv", block.video.conv)
+        yield from norm(f"{name}.audio_in_layers.0", block.audio.norm)
+        yield from pair(f"{name}.audio_in_layers.2.audio_conv", block.audio.conv, (3,))
         yield from pair(f"{name}.emb_layers.1", net.film, rows=film_rows[block])
         streams = {"video": (block.video, (1, 1, 1)), "audio": (block.audio, (1,))}
         for stream, (branch, ones) in streams.items():
@@ -114,7 +109,7 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
 
 
 def to_published(net: CoupledUNet, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The network's weights (or others of its shape) under the published names, in the published order."""
+    """The network's weights, or others of its shapes, under published names in published order."""
     state = net.state_dict() if state is None else state
     return {
         entry.published: state[entry.ours][entry.rows].reshape(entry.shape)
@@ -130,8 +125,8 @@ def from_published(net: CoupledUNet, published: Mapping[str, Tensor]) -> dict[st
     missing, unknown = expected.keys() - published.keys(), published.keys() - expected.keys()
     if missing or unknown:
         raise ValueError(
-            f"weights of another network: {len(missing)} tensors missing (such as {sample(missing)}), "
-            f"{len(unknown)} unknown (such as {sample(unknown)})"
+            f"weights of another network: {len(missing)} tensors missing (such as "
+            f"{sample(missing)}), {len(unknown)} unknown (such as {sample(unknown)})"
         )
     state = {key: value.new_empty(value.shape) for key, value in net.state_dict().items()}
     for entry in table:

@@ -60,7 +60,7 @@ class Pointwise(nn.Linear):
         # PyTorch uses it on a single thread only for 16 images or more
         images = math.gcd(x.numel() // x.shape[-1], 16)
         flat = channels_first(x.reshape(images, -1, 1, x.shape[-1]))
-        out = F.conv2d(flat, self.weight[:, :, None, None], self.bias)
+        out = F.conv2d(flat, self.weight.view(*self.weight.shape, 1, 1), self.bias)
         if residual is not None:
             out += channels_first(residual.reshape(images, -1, 1, residual.shape[-1]))
         return channels_last(out).view(*x.shape[:-1], -1)
@@ -186,7 +186,7 @@ class Branch(nn.Module):
         if scale_shift:
             h = whole(self.film_norm, h, film)
         else:
-            h = whole(self.film_norm, h + film[:, None, None, None].to(h.dtype))
+            h = whole(self.film_norm, h + film.to(h.dtype).view(len(film), 1, 1, 1, -1))
         x = self.out(self.dropout(h), residual=self.skip(x))
         return repeat(x, self.size) if self.resample == "up" and not early else x
 

@@ -14,13 +14,13 @@ def norm_groups(channels: int) -> int:
 class Normalise(torch.autograd.Function):
     """gain (x - mean) / deviation + bias of [B, N, P, C], then SiLU if asked, in float32.
 
-    Moments are over N and each group of channels; gain and bias are [B or 1, 1, 1, C]. The steps
+    Moments are over N and each group of channels; gain and bias are [C] or [B, 1, 1, C]. The steps
     are bound by memory: they share one buffer, and only x is kept for the gradient.
     """
 
     @staticmethod
     def forward(ctx, x, gain, bias, groups, eps, silu):
-        values = x.float()
+        values = precise(x)
         mean = group_mean(values.sum(1, keepdim=True), groups, x.shape[1])
         out = values - mean
         deviation = group_mean(out.square_().sum(1, keepdim=True), groups, x.shape[1])
@@ -35,7 +35,7 @@ class Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, gain, bias, mean, inverse = ctx.saved_tensors
-        values, grad = x.float(), grad.float()
+        values, grad = precise(x), precise(grad)
         slope = gain * inverse
         if ctx.silu:
             out = torch.addcmul(bias - mean * slope, values, slope)
@@ -51,6 +51,11 @@ class Normalise(torch.autograd.Function):
         grad_x = torch.addcmul(offset, values, slant, out=product).addcmul_(grad, slope)
         grad_gain, grad_bias = moment.sum_to_size(gain.shape), total.sum_to_size(bias.shape)
         return grad_x.to(x.dtype), grad_gain, grad_bias, None, None, None
+
+
+def precise(x: Tensor) -> Tensor:
+    """The tensor in float32, or in its own type if that is finer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def group_mean(total: Tensor, groups: int, count: int) -> Tensor:
@@ -72,8 +77,6 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
         gain, bias = self.weight, self.bias
         if film is not None:
-            scale, shift = film[:, None, None].float().chunk(2, dim=-1)
+            scale, shift = film.view(len(film), 1, 1, -1).chunk(2, dim=-1)
             gain, bias = gain + gain * scale, torch.addcmul(bias + shift, bias, scale)
-        else:
-            gain, bias = gain[None, None, None], bias[None, None, None]
         return Normalise.apply(x, gain, bias, self.num_groups, self.eps, self.silu)

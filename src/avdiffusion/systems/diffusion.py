@@ -123,6 +123,7 @@ class DiffusionSystem(pl.LightningModule):
         if ranges is None or self.shift == "none":
             return {}
         moment = moment if self.shift == "seeded" else ("fixed",)
+        # windows are counted in steps of the first modality's time axis
         limits = ranges(next(iter(self.latent(1).values())).shape[2])
         drawn = [
             key(self.seed, "shift", *moment, block) % (limit + 1)

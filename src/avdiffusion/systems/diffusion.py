@@ -66,13 +66,20 @@ class DiffusionSystem(pl.LightningModule):
 
     # ---------------------------------------------------------------- training
 
-    def training_step(self, batch: dict, _: int) -> Tensor:
+    def training_step(self, batch: dict, _: int) -> dict:
+        """The loss, with `losses` (of each modality and sample [B]) and times `t` [B] beside it."""
+        # Dropout is the one thing that draws from torch's own generator; with this it, too, is a
+        # function of the position in training.
+        torch.manual_seed(key(self.seed, "layers", batch["position"][0]))
         x0 = self.encode(batch)
         noise = Noise(self.seed, batch["position"], "train", device=str(self.device))
         t = self.model.density(noise.uniform(), self.model.path)
         cond = self.shifts("train", self.global_step)
         losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
-        return self.log_losses("train", losses, len(t), prog_bar=True)
+        loss = self.log_losses("train", losses, len(t), prog_bar=True)
+        # A loss that is not finite has no finite gradient on any device.
+        loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+        return {"loss": loss, "losses": {k: v.detach() for k, v in losses.items()}, "t": t}
 
     def validation_step(self, batch: dict, _: int) -> None:
         """The averaged model's loss at fixed times and noises: comparable from step to step."""

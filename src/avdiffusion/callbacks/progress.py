@@ -10,7 +10,6 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 log = logging.getLogger("avdiffusion")
-SHORT = {"clips_per_s": "clips/s"}
 
 
 class Progress(TQDMProgressBar):
@@ -54,7 +53,8 @@ class Progress(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, *_: object) -> None:
         super().on_train_start()
-        self.first, self.since = trainer.global_step, perf_counter()
+        self.first = self.last = trainer.global_step
+        self.since = perf_counter()
 
     def on_train_epoch_start(self, *_: object) -> None:
         """Nothing: an endless loader has one epoch, and the bar runs over all of them."""
@@ -90,8 +90,9 @@ class Progress(TQDMProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, system: pl.LightningModule) -> dict[str, str]:
         """Total loss, loss per modality, speed, and the last validation loss."""
-        values = {k.removeprefix("train/"): v for k, v in trainer.progress_bar_metrics.items()}
-        if "val/loss" in trainer.callback_metrics:
-            values["val"] = float(trainer.callback_metrics["val/loss"])
-        names = {k: SHORT.get(k, k.removeprefix("loss_")) for k in values}
-        return {names[k]: f"{v:.4g}" for k, v in values.items() if isinstance(v, int | float)}
+        # Not the metrics of Lightning's bar: it reads those from the device at every step.
+        metrics = trainer.callback_metrics
+        names = {k: k.removeprefix("train/") for k in metrics if k.startswith("train/loss")}
+        names = {k: name.removeprefix("loss_") for k, name in names.items()}
+        names |= {"train/clips_per_s": "clips/s", "val/loss": "val"}
+        return {name: f"{float(metrics[k]):.4g}" for k, name in names.items() if k in metrics}

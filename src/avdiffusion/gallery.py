@@ -30,7 +30,7 @@ def score_rows(
 ) -> dict[str, dict[str, float]]:
     """Scores with a level of chance (`x` beside `x_mismatched`) as rows of COLUMNS.
 
-    `generated` and `real` are what `metrics.sync.sync_scores` says of each set.
+    `generated` and `real` are what metrics such as `metrics.sync.Sync` say of each set.
     """
     rows = {}
     for key in generated:

@@ -92,7 +92,7 @@ class ClipWriter:
         if shown:
             pictures = [Image.open(BytesIO(strips[i])) for i in shown]
             sheet = contact_sheet(pictures, [f"{i:06d}" for i in shown])
-            write_whole(self.out / "contact.png", _png(sheet))
+            write_whole(self.out / "contact.png", png(sheet))
         facts = {**self.settings, **self.info, **_rate_texts(self.rates)}
         page = gallery_html(title, self.entries(), settings=facts, scores=self.scores)
         return write_whole(self.out / "gallery.html", page.encode())
@@ -119,11 +119,11 @@ class ClipWriter:
                 io.write_wav(path, audio, sample_rate=sample_rate)
             elif kind == "gif":
                 io.write_gif(path, video, fps=fps)
-        png = _png(strip(video, audio, fps=fps, sample_rate=sample_rate))
+        picture = png(strip(video, audio, fps=fps, sample_rate=sample_rate))
         if "png" in self.save:
-            write_whole(self.file(index, "png"), png)
+            write_whole(self.file(index, "png"), picture)
         elif len(self.strips) < SHEET:
-            self.strips[index] = png
+            self.strips[index] = picture
         self.samples[index] = {"files": self._files(index), "clipped": clipped}
 
     def _continue(self):
@@ -200,7 +200,8 @@ def write_whole(path: Path, data: bytes) -> Path:
     return path
 
 
-def _png(picture):
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
     buffer = BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

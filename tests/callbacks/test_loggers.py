@@ -1,22 +1,14 @@
-"""Loggers need no account and stop no run."""
+"""Loggers that write files: every row once, and no full disk stops a run."""
 
 import csv
 import logging
-import sys
+from pathlib import Path
 
 import pytest
 from tiny_system import fit
 
 from avdiffusion.callbacks import loggers
-from avdiffusion.callbacks.loggers import Csv, logged_in, wandb_logger
-
-
-@pytest.fixture
-def nobody(monkeypatch, tmp_path):
-    """A user without a W&B account."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+from avdiffusion.callbacks.loggers import Csv, TensorBoard
 
 
 def rows(tmp_path):
@@ -36,58 +28,110 @@ def test_csv_is_written_at_once_and_appended_to(tmp_path, recwarn):
     assert not [w for w in recwarn if "not empty" in str(w.message)]
 
 
-def test_login_is_looked_for_without_asking(tmp_path, nobody, monkeypatch):
-    assert not logged_in()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "k" * 40)
-    assert logged_in()
-    (tmp_path / "netrc").write_text("machine example.org login user password x")
-    assert not logged_in()
-    (tmp_path / "netrc").write_text("nonsense {")
-    assert not logged_in()
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert logged_in()
+def test_a_run_that_goes_on_has_every_row_once(tmp_path):
+    """A killed process wrote steps 2 and 3 again later, and half a row."""
+    first = Csv(save_dir=tmp_path)
+    for step in range(4):
+        first.log_metrics({"train/loss": float(step), "val/loss": 0.5}, step)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,0.12345,0.")
+    second = Csv(save_dir=tmp_path)
+    second.log_metrics({"train/loss": 20.0}, 2)
+    second.log_metrics({"val/loss": 21.0}, 2)
+    second.log_metrics({"sample/avcorr": 30.0}, 3)
+    assert [(r["step"], r["train/loss"]) for r in rows(tmp_path)] == [
+        ("0", "0.0"),
+        ("1", "1.0"),
+        ("2", "20.0"),
+        ("2", ""),
+        ("3", ""),
+    ]
+    assert {r["sample/avcorr"] for r in rows(tmp_path)[:4]} == {""}
+    assert [f.name for f in tmp_path.glob("*metrics*")] == ["metrics.csv"]
 
 
-def test_without_the_package_one_line_and_no_logger(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_costs_one_line_and_no_row(tmp_path, monkeypatch, caplog):
+    logger = Csv(save_dir=tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "avdiffusion"):
+        patch.setattr(Path, "open", full)
+        logger.log_metrics({"train/loss": 2.0}, 1)
+        logger.log_metrics({"train/loss": 3.0}, 2)
+    (told,) = caplog.messages
+    assert "metrics.csv cannot be written (training goes on)" in told
+    assert "No space left" in told
+    assert len(rows(tmp_path)) == 1
+    logger.log_metrics({"train/loss": 4.0}, 3)
+    assert [r["train/loss"] for r in rows(tmp_path)] == ["1.0", "2.0", "3.0", "4.0"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_half_a_row_is_taken_back(tmp_path):
+    logger = Csv(save_dir=tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, 0)
+    before = (tmp_path / "metrics.csv").read_bytes()
+
+    class Half(type(tmp_path)):
+        def open(self, mode="r", **options):
+            file = super().open(mode, **options)
+            write = file.write
+
+            def half(data):
+                write(data[:3])
+                file.flush()
+                raise OSError(28, "No space left on device")
+
+            return Wrapped(file, half)
+
+    class Wrapped:
+        def __init__(self, file, write):
+            self.file, self.write = file, write
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    rows_ = logger.experiment
+    rows_.log_metrics({"train/loss": 2.0}, 1)
+    with pytest.raises(OSError, match="No space"):
+        rows_._write(Half(tmp_path / "metrics.csv"))
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_hides_repeated_steps_and_survives_a_full_disk(tmp_path, caplog, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    first = TensorBoard(save_dir=tmp_path)
+    for step in range(4):
+        first.log_metrics({"train/loss": 1.0}, step)
+    first.finalize("failed")
+    second = TensorBoard(save_dir=tmp_path)
+    for step in range(2, 5):
+        second.log_metrics({"train/loss": 2.0}, step)
+    second.save()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0)]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        second.experiment.file_writer.event_writer._async_writer._writer, "write", full
+    )
+    with caplog.at_level(logging.WARNING, "avdiffusion"):
+        fit(logger=[second], steps=4)
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "avdiffusion"]
+    assert "TensorBoard's files cannot be written (training goes on)" in told
+
+
+def test_without_tensorboard_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda _: None)
-    with caplog.at_level(logging.WARNING, "avdiffusion"):
-        assert wandb_logger(save_dir=tmp_path) is None
-    assert len(caplog.messages) == 1
-    assert "not installed" in caplog.text
-
-
-def test_a_server_that_refuses_makes_the_run_offline(tmp_path, nobody, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_API_KEY", "too short")
-    with caplog.at_level(logging.INFO, "avdiffusion"):
-        fit(logger=[wandb_logger(save_dir=tmp_path)], steps=2)
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert sum("cannot start in mode online" in m for m in caplog.messages) == 1
-    assert sum("wandb sync" in m for m in caplog.messages) == 1
-
-
-def test_a_logger_that_breaks_does_not_stop_the_run(tmp_path, nobody, monkeypatch, caplog):
-    logger = wandb_logger(save_dir=tmp_path)
-    run = logger.experiment
-
-    def broken(*_, **__):
-        raise BrokenPipeError("the service is gone")
-
-    monkeypatch.setattr(run, "log", broken)
-    with caplog.at_level(logging.WARNING, "avdiffusion"):
-        trainer, _ = fit(logger=[logger], steps=6)
-    assert trainer.global_step == 6
-    assert sum("the service is gone" in m for m in caplog.messages) == 1
-
-
-def test_the_mode_can_be_set_from_outside(tmp_path, nobody, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    fit(logger=[wandb_logger(save_dir=tmp_path)], steps=2)
-    assert not list(tmp_path.glob("wandb/*run-*"))
-
-
-def test_building_a_logger_starts_no_run(tmp_path, nobody):
-    logger = wandb_logger(save_dir=tmp_path / "quickstart" / "now", tags=["a"])
-    assert logger._wandb_init["name"] == "quickstart/now"
-    assert logger._experiment is None
-    assert not list(tmp_path.glob("**/offline-run-*"))
-    assert "wandb" in sys.modules
+    with pytest.raises(ValueError, match=r"pip install -e \"\.\[tensorboard\]\""):
+        TensorBoard(save_dir=tmp_path)

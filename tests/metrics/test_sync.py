@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from avdiffusion.data.toy import Toy
 from avdiffusion.metrics.impacts import impacts
 from avdiffusion.metrics.sync import (
+    Sync,
+    ToyF1,
     av_corr,
     matches,
     motion_envelope,
     onset_envelope,
     onsets,
-    sync_scores,
     toy_f1,
 )
 
@@ -29,6 +30,13 @@ def batch(num, *, side=32, sample_rate=4000, **options):
     items = list(toy)
     video, audio = (torch.stack([item[key] for item in items]) for key in ("video", "audio"))
     return video, audio, [toy.events(i) for i in range(num)]
+
+
+def scored(video, audio, *metrics):
+    clips, rates = {"video": video, "audio": audio}, {"video": 10, "audio": 4000}
+    return {
+        k: v for metric in metrics or (Sync(), ToyF1()) for k, v in metric(clips, rates).items()
+    }
 
 
 def later(audio, seconds, sample_rate):
@@ -113,7 +121,7 @@ def test_noise_stillness_and_silence_have_no_events():
     assert not any(map(len, onsets(hiss, 4000)))
     assert not any(map(len, onsets(torch.zeros_like(audio), 4000)))
     assert toy_f1(still, audio, 10, 4000)["f1"] == 0
-    broken = sync_scores(snow * torch.nan, audio * torch.nan, 10, 4000, toy=True)
+    broken = scored(snow * torch.nan, audio * torch.nan)
     assert broken["toy_f1"] == broken["events_share"] == 0
     assert np.isnan(broken["avcorr"])
 
@@ -121,7 +129,7 @@ def test_noise_stillness_and_silence_have_no_events():
 def test_scores_fall_as_the_sound_is_moved():
     video, audio, _ = batch(200, side=16)
     moved = [later(audio, seconds, 4000) for seconds in (0, 0.05, 0.1, 0.15, 0.2, 0.5)]
-    scores = [sync_scores(video, sound, 10, 4000, toy=True) for sound in moved]
+    scores = [scored(video, sound) for sound in moved]
     f1, corr = ([score[key] for score in scores] for key in ("toy_f1", "avcorr"))
     assert f1[0] >= f1[1] > f1[2] + 0.2 > f1[3] + 0.4  # the tolerance is 0.1 s
     assert corr[0] > corr[1] + 0.2 > corr[2] + 0.4
@@ -207,20 +215,28 @@ def test_scores_have_stable_names():
     video, audio, _ = batch(2, side=16)
     general = {"avcorr", "avcorr_mismatched", "av_offset_ms", "events_share"}
     toy = {"f1", "precision", "recall", "f1_mismatched", "impacts_per_clip", "clicks_per_clip"}
-    assert set(sync_scores(video, audio, 10, 4000)) == general
-    scores = sync_scores(video, audio, 10, 4000, toy=True)
+    assert set(scored(video, audio, Sync())) == general
+    scores = scored(video, audio)
     assert set(scores) == general | {f"toy_{name}" for name in toy}
     assert all(isinstance(value, float) for value in scores.values())
-    alone = sync_scores(video[:1], audio[:1], 10, 4000, toy=True)
+    alone = scored(video[:1], audio[:1])
     assert np.isnan(alone["avcorr_mismatched"])
     assert np.isnan(alone["toy_f1_mismatched"])
+
+
+def test_the_motion_that_is_compared_can_be_chosen():
+    video, audio, _ = batch(20, side=16)
+    found = scored(video, audio, Sync(motion="difference"))["avcorr"]
+    corr = av_corr(video, audio, 10, 4000, "difference")["corr"]
+    assert found == pytest.approx(np.nanmean(corr))
+    assert found < scored(video, audio, Sync())["avcorr"] - 0.2
 
 
 def test_wrong_shapes_are_named():
     video, audio, _ = batch(2, side=16)
     with pytest.raises(ValueError, match="2 videos and 1 sounds"):
-        sync_scores(video, audio[:1], 10, 4000)
+        scored(video, audio[:1])
     with pytest.raises(ValueError, match=r"\(2, 6400\)"):
-        sync_scores(video, audio[:, 0], 10, 4000)
+        scored(video, audio[:, 0])
     with pytest.raises(ValueError, match="3 frames"):
-        sync_scores(video[:, :, :3], audio, 10, 4000)
+        scored(video[:, :, :3], audio)

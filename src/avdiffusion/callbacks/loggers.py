@@ -1,24 +1,48 @@
-"""Loggers that need no account, ask no question and stop no run."""
+"""Loggers that write files of the run folder, and that a full disk does not turn into an error."""
 
+import csv
+import io
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from lightning_fabric.loggers.logger import rank_zero_experiment
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from pytorch_lightning.utilities import rank_zero_only
+
+from avdiffusion.writer import write_whole
 
 log = logging.getLogger("avdiffusion")
 
 
+class Once:
+    """Turns errors of the disk into one warning: `with once("what failed"):`."""
+
+    def __init__(self):
+        self.said = set()
+
+    @contextmanager
+    def __call__(self, what: str, *errors: type[BaseException]) -> Iterator[None]:
+        """Inside, an OSError and `errors` are said, the first time, and otherwise passed over."""
+        try:
+            yield
+        except (OSError, *errors) as error:
+            if what not in self.said:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                log.warning("%s (training goes on): %s", what, reason)
+            self.said.add(what)
+
+
 class Csv(CSVLogger):
-    """`metrics.csv` in the run folder, written row by row; a run that goes on appends to it."""
+    """`metrics.csv` in the run folder, written row by row.
+
+    A run that goes on appends to it, without the rows of steps that are now taken again.
+    """
 
     def __init__(self, *, save_dir: str | Path):
         super().__init__(save_dir, name=None, version="", flush_logs_every_n_steps=1)
@@ -27,130 +51,114 @@ class Csv(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
-            self._experiment = _Appending(log_dir=self.log_dir)
+            self._experiment = _Rows(log_dir=self.log_dir)
         return self._experiment
 
     def log_hyperparams(self, *_: object) -> None:
         """Nothing: `config.yaml` lies beside `metrics.csv`."""
 
 
-class _Appending(ExperimentWriter):
-    """Lightning's writer deletes the file it finds; this one takes over its columns."""
+class _Rows(ExperimentWriter):
+    """Rows wait in memory until the disk takes them; Lightning's writer deletes what it finds."""
+
+    def __init__(self, log_dir: str):
+        super().__init__(log_dir=log_dir)
+        self.once, self.continued = Once(), False
 
     def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            self.metrics_keys = path.read_text().partition("\n")[0].strip().split(",")
+        """Nothing: a folder that is not empty is a run that goes on."""
+
+    def save(self) -> None:
+        if self.metrics:
+            with self.once(f"{self.metrics_file_path} cannot be written"):
+                self._write(Path(self.metrics_file_path))
+                self.metrics = []
+
+    def _write(self, path):
+        new = set().union(*self.metrics) - set(self.metrics_keys)
+        if new or not self.continued or not path.is_file():
+            first = min(row["step"] for row in self.metrics)
+            columns, kept = _rows_before(math.inf if self.continued else first, path)
+            columns = sorted({*columns, *new, *self.metrics_keys})
+            write_whole(path, _text(columns, [*kept, *self.metrics], header=True))
+            self.metrics_keys, self.continued = columns, True
+            return
+        size, text = path.stat().st_size, _text(self.metrics_keys, self.metrics)
+        try:
+            with path.open("ab") as file:
+                file.write(text)
+        except OSError:
+            os.truncate(path, size)  # half a row would spoil the next one
+            raise
 
 
-class Wandb(WandbLogger):
-    """W&B in the mode that works: without its server offline, and if that fails too, not at all.
+def _text(columns, rows, header=False):
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, fieldnames=columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
 
-    Each change of mode is said in one line. The run is closed when training ends, so that the next
-    point of a sweep gets its own.
+
+def _rows_before(step, path):
+    """(columns, rows) of a file without the rows from `step` on and without half a row at its end.
+
+    A process that was killed may have written rows of steps that its last checkpoint does not know.
     """
+    if not path.is_file():
+        return [], []
+    text = path.read_text()
+    reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    whole = [r for r in reader if None not in (*r, *r.values()) and r.get("step", "").isdigit()]
+    return list(reader.fieldnames or []), [row for row in whole if int(row["step"]) < step]
 
-    _said = frozenset()
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> object:
-        if self._experiment is None:
-            self._wandb_init.pop("anonymous", None)  # Lightning passes it on, W&B warns of it
-            Path(self.save_dir).mkdir(parents=True, exist_ok=True)
-            for mode in dict.fromkeys((self._wandb_init["mode"], "offline", "disabled")):
-                self._wandb_init["mode"] = mode
-                with self.tolerant(f"W&B cannot start in mode {mode}"):
-                    self._experiment = super().experiment
-                    break
-            if mode == "offline":
-                log.info("W&B: offline; to upload later: wandb sync %s", self.folder)
-            elif mode == "online":
-                log.info("W&B: %s", self._experiment.url)
-        return self._experiment
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's files in `save_dir/tensorboard`; a run that goes on hides what it repeats."""
 
-    @property
-    def folder(self) -> Path:
-        """Where this run's files are."""
-        return Path(self._experiment.dir).parent
+    def __init__(self, *, save_dir: str | Path):
+        if find_spec("tensorboard") is None:
+            raise ValueError(
+                'logger=tensorboard needs a package: pip install -e ".[tensorboard]", '
+                "or choose logger=csv"
+            )
+        super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
+        self.once, self.continued = Once(), False
 
     @contextmanager
-    def tolerant(self, what: str = "W&B did not take a metric") -> Iterator[None]:
-        """What W&B, the network or the disk raises inside becomes one line, said once."""
-        import wandb
-
-        try:
+    def tolerant(self) -> Iterator[None]:
+        """A disk that is full becomes one line."""
+        with self.once("TensorBoard's files cannot be written"):
             yield
-        except (wandb.Error, OSError) as error:
-            reason = f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            if reason not in self._said:
-                log.warning("%s", reason)
-            self._said |= {reason}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         with self.tolerant():
-            super().log_metrics(metrics, step)
+            if not self.continued and step is not None:
+                self._restart(step)
+            for name, value in metrics.items():  # Lightning's own hides what went wrong
+                self.experiment.add_scalar(name, float(value), step)
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict) -> None:
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
         with self.tolerant():
-            super().log_hyperparams(params)
+            super().log_hyperparams(*args, **kwargs)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with self.tolerant():
+            super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._experiment is None:
-            return
         with self.tolerant():
             super().finalize(status)
-            self._id = self._wandb_init["id"] = self._experiment.id
-            self._experiment.finish(exit_code=int(status != "success"))
-        self._experiment = None
 
+    def _restart(self, step):
+        """From here on TensorBoard passes over what earlier files hold of `step` and later."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-def wandb_logger(
-    *,
-    save_dir: str | Path,
-    project: str = "avdiffusion",
-    name: str | None = None,
-    group: str | None = None,
-    tags: Sequence[str] = (),
-    entity: str | None = None,
-    log_model: bool = False,
-) -> Wandb | None:
-    """W&B, online when there is an API key or a login, else offline in `save_dir`.
-
-    `WANDB_MODE` overrides that. `name` is the last two parts of `save_dir` unless given. Without
-    the wandb package there is no logger, which one line says.
-    """
-    if find_spec("wandb") is None:
-        if rank_zero_only.rank == 0:
-            log.warning("W&B is not installed, the other loggers go on (pip install wandb)")
-        return None
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-    return Wandb(
-        save_dir=save_dir,
-        project=project,
-        name=name or "/".join(Path(save_dir).parts[-2:]),
-        group=group,
-        tags=list(tags),
-        entity=entity,
-        log_model=log_model and mode == "online",
-        mode=mode,
-        settings=wandb.Settings(silent=True, init_timeout=30),
-    )
-
-
-def logged_in() -> bool:
-    """Whether W&B would find a key without asking: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return bool(netrc(file).authenticators(host))
-    except (OSError, NetrcParseError):
-        return False
+        start = SessionLog(status=SessionLog.START)
+        self.experiment.file_writer.add_event(Event(session_log=start), step)
+        self.continued = True

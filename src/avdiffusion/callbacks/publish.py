@@ -8,13 +8,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 
 from avdiffusion import io
-from avdiffusion.callbacks.loggers import Wandb
+from avdiffusion.callbacks.loggers import TensorBoard
+from avdiffusion.callbacks.wandb_run import Wandb
 from avdiffusion.gallery import Entry, player
+from avdiffusion.writer import png
 
-BUDGET = 5_000_000  # bytes of one step's clips and strips sent to W&B
+BUDGET = 5_000_000  # bytes of one step's clips and pictures sent to W&B
 
 STYLE = """<style>:root{color-scheme:light dark}body{margin:0;font:12px system-ui,sans-serif}
 main{display:grid;gap:8px;grid-template-columns:repeat(auto-fill,minmax(150px,1fr))}
@@ -25,7 +27,7 @@ def publish(
     logger: Logger,
     entries: Sequence[Entry],
     media: Mapping[str, np.ndarray],
-    sheet: Path,
+    pictures: Mapping[str, Image.Image],
     *,
     rates: Mapping[str, float],
     step: int,
@@ -33,13 +35,14 @@ def publish(
     """Sends a step's clips; a logger that shows none (CSV) is left alone.
 
     `entries` hold the clips as files, `media` the same as arrays (video uint8 [B, 3, T, H, W],
-    audio [B, C, L]), `sheet` is the contact sheet.
+    audio [B, C, L]); each picture becomes `sample/<name>`.
     """
     if isinstance(logger, Wandb):
         with logger.tolerant("W&B did not take the clips"):
-            _wandb(logger, entries, sheet, step)
-    elif isinstance(logger, TensorBoardLogger):
-        _tensorboard(logger, entries, media, sheet, rates, step)
+            _wandb(logger, entries, pictures, step)
+    elif isinstance(logger, TensorBoard):
+        with logger.tolerant():
+            _tensorboard(logger, entries, media, pictures, rates, step)
 
 
 def players(entries: Sequence[Entry], budget: int) -> str:
@@ -59,24 +62,35 @@ def players(entries: Sequence[Entry], budget: int) -> str:
     return page + "</main>" + (f"<p>{left} more in the run folder</p>" if left else "")
 
 
-def _wandb(logger, entries, sheet, step):
+def _wandb(logger, entries, pictures, step):
     import wandb
 
-    strips = sheet.read_bytes() if sheet.is_file() else b""
-    page = players(entries, BUDGET - len(strips))
-    sent = {"sample/clips": wandb.Html(page, inject=False)}
-    if 0 < len(strips) < BUDGET // 2:
-        sent["sample/strips"] = wandb.Image(str(sheet))
-    logger.log_metrics(sent, step)
+    if logger.gone:
+        return
+    sent, left = {}, BUDGET
+    for name, picture in pictures.items():
+        picture, size = _within(picture, 2 * BUDGET // 5)
+        sent[f"sample/{name}"], left = wandb.Image(picture, file_type="png"), left - size
+    if any(entry.clip is not None for entry in entries):
+        sent["sample/clips"] = wandb.Html(players(entries, left), inject=False)
+    if sent:
+        logger.log_metrics(sent, step)
 
 
-def _tensorboard(logger, entries, media, sheet, rates, step):
+def _within(picture, limit):
+    """(the picture, halved until its PNG has at most so many bytes, their number)"""
+    while (size := len(png(picture))) > limit:
+        picture = picture.reduce(2)
+    return picture, size
+
+
+def _tensorboard(logger, entries, media, pictures, rates, step):
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     board = logger.experiment
-    if sheet.is_file():
-        strips = np.asarray(Image.open(sheet).convert("RGB"))
-        board.add_image("sample/strips", strips, step, dataformats="HWC")
+    for name, picture in pictures.items():
+        shown = np.asarray(picture.convert("RGB"))
+        board.add_image(f"sample/{name}", shown, step, dataformats="HWC")
     for k, entry in enumerate(entries):
         if "audio" in media:
             wave = torch.from_numpy(media["audio"][k].mean(0))

@@ -1,30 +1,46 @@
 """Clips of the averaged model while it trains, on disk and in the loggers."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from PIL import Image
+from torch import Tensor, distributed
 from tqdm import tqdm
 
+from avdiffusion.callbacks.evolution import evolution
+from avdiffusion.callbacks.loggers import Once
 from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.speed import Speed
+from avdiffusion.callbacks.stop import Stop
 from avdiffusion.gallery import COLUMNS, LABELS, score_rows
-from avdiffusion.metrics.sync import sync_scores
+from avdiffusion.strip import contact_sheet
 from avdiffusion.writer import ClipWriter, pixels, sound
 
 log = logging.getLogger("avdiffusion")
+FILES = "clips cannot be written"
+# What a metric may fail with without ending the training that it watches.
+FAILURES = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError)
+
+Metric = Callable[[Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, float]]
 
 
 class SampleClips(pl.Callback):
     """Samples 0 to num - 1 of `seed` every so many optimiser steps, and once more at the end.
 
-    Clips go to `out/step<7 digits>` and `out/final` (`final_num` of them, `num` if null, 0: none),
-    each with its strip and a page, and to the loggers. `sync` measures synchrony, with F1 on `toy`
-    data: of the clips, of mismatched pairs among them, and once of up to `real_num` validation
-    clips; logged as `sample/avcorr`, `sample/avcorr_mismatched`, `sample/avcorr_real` and so on.
+    Several processes share the work. Clips go to `out/step<7 digits>` and `out/final` (`final_num`
+    of them, `num` if null, 0: none), each with its strip and a page, and to the loggers;
+    `out/evolution` shows the first `evolution` of them at all steps (if png is among `save`).
+
+    `metrics` are called with the clips as arrays (video uint8 [B, 3, T, H, W], audio float32
+    [B, C, L]) and the rates of both; what they return is logged as `sample/<key>`, and what they
+    say of the first `real_num` validation clips, once, as `sample/<key>_real`. `sample/nonfinite`
+    counts the clips that hold NaN or infinity. A metric that fails, or a disk that takes no clips,
+    is said once.
     """
 
     def __init__(
@@ -37,25 +53,31 @@ class SampleClips(pl.Callback):
         micro_batch: int = 8,
         save: Sequence[str] = ("mp4", "wav", "png"),
         final_num: int | None = None,
-        sync: bool = True,
-        toy: bool = False,
+        metrics: Mapping[str, Metric] | None = None,
         real_num: int = 64,
+        evolution: int = 4,
     ):
         if every < 0 or num < 1 or micro_batch < 1:
             raise ValueError(
                 f"every={every}, num={num}, micro_batch={micro_batch}: 0, 1, 1 or more"
             )
+        for name, metric in (metrics or {}).items():
+            if not callable(metric):
+                raise ValueError(f"val_metrics.{name}={metric!r} cannot be called (clips, rates)")
         self.out, self.every, self.num, self.seed = Path(out), every, num, seed
         self.micro_batch, self.save = micro_batch, list(save)
         self.final_num = num if final_num is None else final_num
-        self.sync, self.toy, self.real_num = sync, toy, real_num
-        self.last, self.real = 0, None
+        self.metrics, self.real_num, self.evolution = dict(metrics or {}), real_num, evolution
+        self.last, self.real, self.once = 0, None, Once()
+
+    def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
+        self.last = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, system: pl.LightningModule, *_: object
     ) -> None:
         step = trainer.global_step
-        if not trainer.is_global_zero or not self.every or step % self.every or step == self.last:
+        if not self.every or step % self.every or step == self.last:
             return
         self.last = step
         if step == trainer.max_steps and self.final_num:
@@ -63,67 +85,123 @@ class SampleClips(pl.Callback):
         self._show(trainer, system, f"step{step:07d}", self.num)
 
     def on_train_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
-        if trainer.is_global_zero and self.final_num:
+        if self.final_num:
             page, rows = self._show(trainer, system, "final", self.final_num)
-            log.info("%s", summary(page, self.final_num, rows))
+            if page:
+                log.info("%s", summary(page, self.final_num, rows))
 
     def _show(self, trainer, system, name, num):
-        step, rates = trainer.global_step, system.rates
-        settings = {
-            "step": step,
-            "sampler": repr(system.sampler),
-            "guides": [repr(guide) for guide in system.guides],
-            "seed": self.seed,
-            "micro_batch": self.micro_batch,
-        }
-        writer = ClipWriter(
-            self.out / name, rates=rates, settings=settings, save=self.save, overwrite=True
-        )
-        parts = []
-        total = -(-num // self.micro_batch) * getattr(system.sampler, "steps", 0) or None
-        with tqdm(desc="sampling", total=total, disable=None, leave=False) as bar:
-            options = {"seed": self.seed, "micro_batch": self.micro_batch, "progress": bar.update}
-            for index, clips in system.samples(range(num), **options):
-                writer.add(index, clips)
-                parts.append(clips)
-        media = _arrays({k: torch.cat([p[k] for p in parts]) for k in parts[0]})
-        scores = self._scores(media, rates)
-        if scores and self.real is None:
-            self.real = self._real(trainer, rates)
-        rows = score_rows(scores, self.real)
-        title = f"{self.out.parent.name}, step {step}"
-        page = writer.finish(scores=rows, title=title)
-
-        logged = {f"sample/{key}": value for key, value in scores.items()}
-        logged |= {f"sample/{key}_real": row["real"] for key, row in rows.items() if "real" in row}
+        """Samples, writes, scores and logs; (page, rows of scores), of the first process alone."""
+        writer, found, page, rows, logged = None, {}, None, {}, {}
+        if trainer.is_global_zero:
+            settings = {
+                "step": trainer.global_step,
+                "sampler": repr(system.sampler),
+                "guides": [repr(guide) for guide in system.guides],
+                "seed": self.seed,
+                "micro_batch": self.micro_batch,
+            }
+            with self.once(FILES):
+                writer = ClipWriter(
+                    self.out / name,
+                    rates=system.rates,
+                    settings=settings,
+                    save=self.save,
+                    overwrite=True,
+                )
+        for index, clips in self._sampled(trainer, system, num):
+            if trainer.is_global_zero:
+                found |= {i: {k: v[j] for k, v in clips.items()} for j, i in enumerate(index)}
+                with self.once(FILES):
+                    if writer:
+                        writer.add(index, clips)
+        if trainer.is_global_zero:
+            media = {k: torch.stack([found[i][k] for i in range(num)]) for k in found[0]}
+            scores = self._all_scores(trainer, _arrays(media), system.rates)
+            scores["nonfinite"] = _nonfinite(media, trainer.global_step)
+            logged = {f"sample/{key}": value for key, value in scores.items()}
+            rows = score_rows(scores, self.real)
+            if writer:
+                with self.once(FILES):
+                    title = f"{self.out.parent.name}, step {trainer.global_step}"
+                    page = writer.finish(scores=rows, title=title)
+            self._log(trainer, system.rates, writer, _arrays(media), logged)
+        logged = trainer.strategy.broadcast(logged)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in logged.items()})
-        shown = {key: value[: self.num] for key, value in media.items()}
-        entries = writer.entries()[: self.num]
-        for logger in trainer.loggers:
-            if logged:
-                logger.log_metrics(logged, step)
-            publish(logger, entries, shown, writer.out / "contact.png", rates=rates, step=step)
         for callback in trainer.callbacks:
             if isinstance(callback, Speed):
                 callback.restart()
         return page, rows
 
-    def _real(self, trainer, rates):
-        """Scores of the first validation clips; none if there are none."""
-        data = getattr(trainer.datamodule, "val", None)
-        if data is None or self.real_num < 1:
-            return {}
-        items = [data[i] for i in range(min(len(data), self.real_num))]
-        media = {k: torch.stack([torch.as_tensor(i[k]) for i in items]) for k in ("video", "audio")}
-        return self._scores({k: v.numpy() for k, v in media.items()}, rates)
+    def _sampled(self, trainer, system, num) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Samples 0 to num - 1 as they come: process r makes r, r + n, ..., the first gets all.
+
+        All processes make equally many, some of them once more, so that they stay in step.
+        """
+        world, own = trainer.world_size, list(range(num))[trainer.global_rank :: trainer.world_size]
+        own += [num - 1] * (-(-num // world) - len(own))
+        done, first = set(), trainer.is_global_zero
+        stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]
+        total = -(-len(own) // self.micro_batch) * getattr(system.sampler, "steps", 0) or None
+        with tqdm(
+            desc="sampling", total=total, disable=None if first else True, leave=False
+        ) as bar:
+
+            def progress():
+                bar.update()
+                for stop in stops:
+                    stop.check(trainer)
+
+            options = {"seed": self.seed, "micro_batch": self.micro_batch, "progress": progress}
+            for part in system.samples(own, **options):
+                parts = [part]
+                if world > 1:
+                    parts = [None] * world
+                    distributed.all_gather_object(parts, part)
+                for index, clips in parts:
+                    fresh = {i: j for j, i in enumerate(index) if i not in done}
+                    done |= fresh.keys()
+                    if fresh:
+                        yield list(fresh), {k: v[list(fresh.values())] for k, v in clips.items()}
+
+    def _all_scores(self, trainer, media, rates):
+        """What the metrics say of the clips, and as `*_real` of real ones."""
+        scores = self._scores(media, rates)
+        if self.real is None and scores:
+            data, self.real = getattr(trainer.datamodule, "val", None), {}
+            with self.once("validation clips cannot be measured", *FAILURES):
+                items = [data[i] for i in range(min(len(data or ()), self.real_num))]
+                if items:
+                    stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in media}
+                    real = _arrays({k: torch.stack(v) for k, v in stacked.items()})
+                    self.real = self._scores(real, rates)
+        kept = {k: v for k, v in (self.real or {}).items() if not k.endswith("_mismatched")}
+        return scores | {f"{key}_real": value for key, value in kept.items()}
 
     def _scores(self, media, rates):
-        if not self.sync or not {"video", "audio"} <= media.keys():
-            return {}
-        scores = sync_scores(
-            media["video"], media["audio"], rates["video"], int(rates["audio"]), toy=self.toy
-        )
-        return {key: float(value) for key, value in scores.items() if np.ndim(value) == 0}
+        scores = {}
+        for name, metric in self.metrics.items():
+            with self.once(f"val_metrics.{name} failed", *FAILURES):
+                scores |= {key: float(value) for key, value in metric(media, rates).items()}
+        return scores
+
+    def _log(self, trainer, rates, writer, media, logged):
+        """Scores and the first `num` clips with their pictures to every logger."""
+        entries, pictures = [], {}
+        with self.once(FILES):
+            if writer:
+                entries = writer.entries()[: self.num]
+            strips = {e.name: Image.open(BytesIO(e.strip)) for e in entries if e.strip}
+            if strips:
+                pictures["strips"] = contact_sheet(list(strips.values()), list(strips))
+            numbers = range(min(self.evolution, self.num))
+            if numbers and (sheet := evolution(self.out, numbers)):
+                pictures["evolution"] = sheet
+        shown = {key: value[: len(entries)] for key, value in media.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, trainer.global_step)
+            with self.once(FILES):
+                publish(logger, entries, shown, pictures, rates=rates, step=trainer.global_step)
 
 
 def summary(page: Path, num: int, rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -140,4 +218,16 @@ def summary(page: Path, num: int, rows: Mapping[str, Mapping[str, float]]) -> st
 def _arrays(media):
     """What the files hold: video as uint8, audio within [-1, 1]."""
     kinds = {"video": pixels, "audio": sound}
-    return {name: kinds[name](value) for name, value in media.items() if name in kinds}
+    return {
+        name: value.numpy() if value.dtype == torch.uint8 else kinds[name](value)
+        for name, value in media.items()
+        if name in kinds
+    }
+
+
+def _nonfinite(media, step):
+    """How many clips hold a value that is not finite."""
+    broken = torch.stack([~v.isfinite().flatten(1).all(1) for v in media.values()]).any(0)
+    if count := int(broken.sum()):
+        log.warning("step %d: %d of %d clips hold NaN or infinity", step, count, len(broken))
+    return count

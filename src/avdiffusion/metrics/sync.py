@@ -4,6 +4,9 @@ Video is [B, 3, T, H, W], uint8 or float in [-1, 1]; audio is float [B, C, L] in
 shows the instant k / fps, both start together, times are seconds.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 
 from avdiffusion.metrics.impacts import REFRACTORY, Array, as_numpy, impacts, unit
@@ -199,25 +202,33 @@ def toy_f1(video: Array, audio: Array, fps: float, sample_rate: int) -> dict[str
     }
 
 
-def sync_scores(
-    video: Array, audio: Array, fps: float, sample_rate: int, toy: bool = False
-) -> dict[str, float]:
-    """All of synchrony as numbers; a score's level of chance in the same batch is `*_mismatched`.
+@dataclass(kw_only=True)
+class Sync:
+    """Synchrony of any clips; `avcorr_mismatched` is the level of chance in the same batch.
 
-    `avcorr` and `avcorr_mismatched`, `av_offset_ms` (positive: the sound is late), `events_share`
-    (clips in which a sound starts); with `toy` also what `toy_f1` says, as `toy_*`. NaN where a
-    number has no meaning, such as the correlation of silence or chance in a batch of one.
+    `avcorr`, `av_offset_ms` (positive: the sound is late), `events_share` (clips in which a sound
+    starts). NaN where a number has no meaning, such as the correlation of silence.
     """
-    video, audio = _paired(video, audio)
-    found = av_corr(video, audio, fps, sample_rate)
-    corr = found["corr"][np.isfinite(found["corr"])]
-    scores = {
-        "avcorr": float(corr.mean()) if corr.size else float("nan"),
-        "avcorr_mismatched": found["mismatched"],
-        "av_offset_ms": 1000 * float(found["offset"]),
-        "events_share": float(np.mean([len(times) > 0 for times in onsets(audio, sample_rate)])),
-    }
-    if toy:
-        f1 = toy_f1(video, audio, fps, sample_rate)
-        scores |= {f"toy_{name}": value for name, value in f1.items()}
-    return scores
+
+    motion: str = "acceleration"
+
+    def __call__(self, clips: Mapping[str, Array], rates: Mapping[str, float]) -> dict[str, float]:
+        sample_rate = int(rates["audio"])
+        found = av_corr(clips["video"], clips["audio"], rates["video"], sample_rate, self.motion)
+        corr = found["corr"][np.isfinite(found["corr"])]
+        heard = onsets(clips["audio"], sample_rate)
+        return {
+            "avcorr": float(corr.mean()) if corr.size else float("nan"),
+            "avcorr_mismatched": found["mismatched"],
+            "av_offset_ms": 1000 * float(found["offset"]),
+            "events_share": float(np.mean([len(times) > 0 for times in heard])),
+        }
+
+
+@dataclass(kw_only=True)
+class ToyF1:
+    """What `toy_f1` says of the discs of `data.toy`, each name with `toy_` in front."""
+
+    def __call__(self, clips: Mapping[str, Array], rates: Mapping[str, float]) -> dict[str, float]:
+        scores = toy_f1(clips["video"], clips["audio"], rates["video"], int(rates["audio"]))
+        return {f"toy_{name}": value for name, value in scores.items()}

@@ -3,18 +3,27 @@
 python train.py                                          # the quickstart, minutes on a CPU
 python train.py exp=folder data.root=DIR                 # any folder of clips
 python train.py exp=landscape strategy=ddp trainer.devices=8
-python train.py exp=landscape ckpt=RUN_FOLDER            # go on from its last checkpoint
+python train.py exp=landscape ckpt=auto                  # go on with the unfinished run
+python train.py exp=landscape ckpt=RUN_FOLDER            # a new run from its last checkpoint
 python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
 
 import logging
+import os
+import signal
 import warnings
+from pathlib import Path
 
 import hydra
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities import rank_zero_only
 
-from avdiffusion import checkpoint
+from avdiffusion import checkpoint, launch, memory, run_folder
+from avdiffusion.callbacks.stop import Stopped
+from avdiffusion.systems.resume import FitLoop
 
 log = logging.getLogger("avdiffusion")
 
@@ -24,22 +33,47 @@ def train(config: DictConfig) -> float | None:
     # Lightning's notes on devices and its other products, and on torch's internals.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    plain = checkpoint.plain(config)
-    resume = checkpoint.find(config.ckpt, config.paths.runs) if config.ckpt else None
-    if resume:
-        checkpoint.read(resume)  # before anything is written
+    first = rank_zero_only.rank == 0
+    if not first:
+        log.setLevel(logging.ERROR)
+    folder, plain = Path(config.paths.run), checkpoint.plain(config)
+    resume = None
+    if config.ckpt == "auto":
+        done = run_folder.status(folder)
+        if (folder / "config.yaml").is_file() and (other := launch.difference(config, folder)):
+            raise ValueError(f"{folder} has another config: {other}. Leave out ckpt=auto")
+        if done.get("status") == "finished":
+            log.info("%s is finished: nothing to do", folder)
+            return done["objective"]["value"]
+        resume = launch.newest(folder)
+        log.info("ckpt=auto: %s", f"going on from {resume}" if resume else "a new run")
+    elif config.ckpt:
+        resume = checkpoint.find(config.ckpt, config.paths.runs)
+        if "optimizer_states" not in checkpoint.read(resume):  # before anything is written
+            raise ValueError(
+                f"{resume} holds weights to sample with, but no state to train on from"
+            )
+
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
     system.save_hyperparameters(plain)
+    callbacks = checkpoint.build(config.callbacks)
     trainer = checkpoint.build(
         config.trainer,
         logger=[each for each in checkpoint.build(config.logger).values() if each],
-        callbacks=list(checkpoint.build(config.callbacks).values()),
+        callbacks=[each for each in callbacks.values() if each],
     )
+    refuse_to_spawn(trainer)
     micro_batch, trainer.accumulate_grad_batches = data.split(trainer.world_size)
-    # Lightning counts micro-batches, we optimiser steps.
+    # Lightning counts micro-batches, we optimiser steps and whole batches.
     trainer.val_check_interval = config.trainer.val_check_interval * trainer.accumulate_grad_batches
-    OmegaConf.save(OmegaConf.create(plain), f"{config.paths.run}/config.yaml")
+    if isinstance(config.trainer.limit_val_batches, int):
+        trainer.limit_val_batches *= trainer.accumulate_grad_batches
+    FitLoop.replace(trainer)
+    if first:
+        _held = launch.hold(folder)  # until training ends
+        OmegaConf.save(OmegaConf.create(plain), folder / ".config.yaml.part")
+        os.replace(folder / ".config.yaml.part", folder / "config.yaml")
     log.info(
         "%s: %.1f M parameters; batch %d = %d device(s) x %d x %d accumulated; run folder %s",
         config.name,
@@ -48,11 +82,41 @@ def train(config: DictConfig) -> float | None:
         trainer.world_size,
         micro_batch,
         trainer.accumulate_grad_batches,
-        config.paths.run,
+        folder,
     )
-    trainer.fit(system, data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(system, data, ckpt_path=resume, weights_only=True)
+    except Stopped as end:
+        if not first:
+            raise SystemExit(0) from end  # else a launcher would kill the first process
+        log.info("stopped after step %d; to go on: %s", trainer.global_step, launch.again())
+        requeue(end)
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if memory.ran_out(error):
+            raise ValueError(memory.advice(plain, trainer.world_size)) from error
+        raise
     objective = trainer.callback_metrics.get(config.objective)
     return None if objective is None else float(objective)
+
+
+def refuse_to_spawn(trainer: pl.Trainer) -> None:
+    """Raises ValueError in a sweep whose points need several processes that nobody started."""
+    hydra_config = HydraConfig.get()
+    if trainer.world_size == 1 or hydra_config.mode != RunMode.MULTIRUN:
+        return
+    if "submitit" not in hydra_config.launcher._target_:
+        raise ValueError(
+            f"a sweep cannot start {trainer.world_size} processes a point: use trainer.devices=1, "
+            "hydra/launcher=slurm, or one torchrun command for each point"
+        )
+
+
+def requeue(end: Stopped) -> None:
+    """Passes SIGUSR2 on, now that all is saved: submitit then queues the job again."""
+    number = getattr(signal, "SIGUSR2", None)
+    if number and end.code == 128 + number and callable(signal.getsignal(number)):
+        signal.raise_signal(number)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
@@ -61,4 +125,4 @@ def main(config: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    checkpoint.run(main, launch.words)

@@ -5,9 +5,12 @@ command; what happens in the fork is what happens in a fresh process.
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,15 +29,24 @@ def redirect(path, number):
     os.dup2(file, number)
 
 for line in sys.stdin:
-    folder, *command = json.loads(line)
+    request = json.loads(line)
+    if "wait" in request:
+        print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+        continue
     child = os.fork()
     if child == 0:
-        redirect(f"{folder}.out", 1)
-        redirect(f"{folder}.err", 2)
+        os.setpgid(0, 0)
+        redirect(f"{request['output']}.out", 1)
+        redirect(f"{request['output']}.err", 2)
+        os.environ.update(request["env"])
+        from lightning_fabric.utilities import rank_zero
+        rank_zero.rank_zero_only.rank = int(request["env"].get("RANK", 0))
+        command = request["command"]
         sys.path[0], sys.argv = str(Path(command[0]).absolute().parent), command
+        sys.path.append(request["tests"])
         runpy.run_path(command[0], run_name="__main__")
         sys.exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(child, flush=True)
 """
 
 
@@ -55,6 +67,28 @@ class Result:
         return lines[0].removeprefix("error: ")
 
 
+@dataclass(frozen=True)
+class Process:
+    """A command that is running, with whatever it starts."""
+
+    project: "Project"
+    pid: int
+    output: str
+
+    def send(self, number: int) -> None:
+        """Sends a signal to the process."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it and its workers without warning."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self) -> Result:
+        status = self.project.ask({"wait": self.pid})
+        out, err = (Path(f"{self.output}.{kind}").read_text() for kind in ("out", "err"))
+        return Result(status, out, err)
+
+
 class Project:
     """The entry points and configs in a folder of their own, to run commands in."""
 
@@ -63,7 +97,7 @@ class Project:
         for name in ("train.py", "sample.py"):
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "configs", folder / "configs")
-        self.outputs = folder.with_name(f"{folder.name}_output")
+        self.outputs, self.started = folder.with_name(f"{folder.name}_output"), 0
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER],
             cwd=folder,
@@ -74,18 +108,39 @@ class Project:
 
     def __call__(self, command: str) -> Result:
         """Runs a line such as `python train.py seed=1`, split as a shell splits it."""
+        return self.start(command).wait()
+
+    def start(self, command: str, **env: str) -> "Process":
+        """Starts it, with these environment variables."""
         python, *words = shlex.split(command)
         assert python == "python"
-        self.server.stdin.write(json.dumps([str(self.outputs), *words]) + "\n")
+        self.started += 1
+        output = f"{self.outputs}{self.started}"
+        request = {"output": output, "command": words, "env": env, "tests": str(ROOT / "tests")}
+        return Process(self, self.ask(request), output)
+
+    def spread(self, command: str, processes: int) -> list["Process"]:
+        """Starts it as torchrun does, in several processes of one group."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
+        common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        return [
+            self.start(command, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+            for rank in range(processes)
+        ]
+
+    def ask(self, request: dict) -> int:
+        self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
-        status = int(self.server.stdout.readline())
-        out, err = (Path(f"{self.outputs}.{kind}").read_text() for kind in ("out", "err"))
-        return Result(status, out, err)
+        return int(self.server.stdout.readline())
 
     def files(self) -> set[str]:
         """Files that commands have left, without the records of their configs and logs."""
         files = {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
-        records = re.compile(r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$)")
+        records = re.compile(r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$|run\.json$|\.lock$)")
         return {f for f in files if not records.match(f)}
 
     def close(self) -> None:

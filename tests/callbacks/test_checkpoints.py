@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny_system import TinySystem, fit
 
 from avdiffusion.callbacks.checkpoint import Checkpoint
@@ -53,26 +53,32 @@ def test_an_exception_leaves_the_last_state(tmp_path):
     assert step(tmp_path / "last.ckpt") == 3
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    save = pl.Trainer.save_checkpoint
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, caplog):
+    save = SingleDeviceStrategy.save_checkpoint
 
-    def fails(self, path, *args, **kwargs):
-        if self.global_step >= 4:
+    def fails(self, content, path, **kwargs):
+        if content["global_step"] in full:
             Path(path).write_bytes(b"half of a checkpoint")
             raise OSError("no space left on device")
-        save(self, path, *args, **kwargs)
+        save(self, content, path, **kwargs)
 
-    monkeypatch.setattr(pl.Trainer, "save_checkpoint", fails)
-    with pytest.raises(OSError, match="no space"):
-        fit(Checkpoint(dirpath=tmp_path, every=2, best=0), steps=6)
-    assert step(tmp_path / "last.ckpt") == 2
-    assert [n for n in names(tmp_path) if not n.startswith(".")] == [
-        "last.ckpt",
-        "step0000002.ckpt",
+    full = range(4, 8)
+    monkeypatch.setattr(SingleDeviceStrategy, "save_checkpoint", fails)
+    caplog.set_level("INFO", "avdiffusion")
+    fit(Checkpoint(dirpath=tmp_path, every=2, best=0), steps=9)
+    said = [record.getMessage() for record in caplog.records if record.name == "avdiffusion"]
+    assert said == [
+        "no checkpoint can be written, training goes on: no space left on device",
+        "step 8: checkpoints can be written again",
     ]
-    monkeypatch.undo()
-    fit(Checkpoint(dirpath=tmp_path, every=2, best=0), steps=1)
-    assert not [n for n in names(tmp_path) if n.startswith(".")]
+    steps = [f"step{n:07d}.ckpt" for n in (2, 8, 9)]
+    assert names(tmp_path) == ["last.ckpt", *steps]
+
+    full = range(4, 100)
+    with pytest.raises(OSError, match="since the last checkpoint cannot be saved: no space"):
+        fit(Checkpoint(dirpath=tmp_path / "second", every=2, best=0), steps=6)
+    assert step(tmp_path / "second" / "last.ckpt") == 2
+    assert names(tmp_path / "second") == ["last.ckpt", "step0000002.ckpt"]
 
 
 def test_a_resumed_run_goes_on_counting(tmp_path):
@@ -84,6 +90,17 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
     assert step(tmp_path / "best.ckpt") == 2
     steps = [f"step{n:07d}.ckpt" for n in (2, 8)]
     assert names(tmp_path) == ["best.ckpt", "last.ckpt", *steps]
+
+
+def test_a_run_whose_folder_has_moved_goes_on(tmp_path):
+    before = tmp_path / "before"
+    system = TinySystem([1.0, 2.0])
+    fit(Checkpoint(dirpath=before, every=2, keep=1), steps=4, system=system)
+    after = before.rename(tmp_path / "after")
+    fit(Checkpoint(dirpath=after, every=2, keep=1), steps=6, ckpt=str(after / "last.ckpt"))
+    assert step(after / "best.ckpt") == 2
+    assert names(after) == ["best.ckpt", "last.ckpt", "step0000002.ckpt", "step0000006.ckpt"]
+    assert not before.exists()
 
 
 def test_bad_arguments_and_unknown_monitor(tmp_path):

@@ -14,11 +14,11 @@ from small_system import CLIP, SHAPES, Clips, data, fit, system
 from avdiffusion.data.module import DataModule, Draws, EndlessBatches, check_duration
 
 
-def requests(size, steps, **options):
-    """What one device asks for in each of the first optimiser steps."""
-    batches = EndlessBatches(size, **options)
+def requests(size, steps, *, batch_size, start=0, **options):
+    """What one device asks for in each of the optimiser steps from `start` on."""
+    batches = EndlessBatches(size, start=start * batch_size, **options)
     world = options.get("world", 1)
-    shares = options["batch_size"] // (options["micro_batch"] * world)
+    shares = batch_size // (options["micro_batch"] * world)
     asked = iter(batches)
     return [[next(asked) for _ in range(shares)] for _ in range(steps)]
 
@@ -99,7 +99,7 @@ def test_a_batch_larger_than_the_data_repeats_it():
 
 
 def test_indices_are_plain_numbers_and_there_is_no_length():
-    batches = EndlessBatches(5, batch_size=2, micro_batch=2)
+    batches = EndlessBatches(5, micro_batch=2)
     assert all(type(part) is int for request in next(iter(batches)) for part in request)
     assert not hasattr(batches, "__len__")
     assert len(list(islice(batches, 100))) == 100
@@ -122,7 +122,7 @@ def test_chance_is_keyed_by_position():
 
 def test_the_order_and_the_draws_do_not_share_random_numbers():
     """Epoch 3's order and position 3's window would otherwise come from one stream."""
-    order = EndlessBatches(50, batch_size=1, micro_batch=1).order(3)
+    order = EndlessBatches(50, micro_batch=1).order(3)
     assert not np.array_equal(order, np.random.default_rng((0, 3)).permutation(50))
 
 
@@ -243,3 +243,16 @@ def test_durations():
             check_duration(fps=29.97, frames=10, sample_rate=16000, samples=5339 + off)
     with pytest.raises(ValueError, match="fps=0"):
         check_duration(fps=0, frames=10, sample_rate=16000, samples=5339)
+
+
+def test_the_first_items_only_and_without_chance():
+    batches = take(data(10, chance=True, batch_size=4, limit=4, random=False), 3)
+    for batch in batches:
+        assert sorted(batch["index"].tolist()) == [0, 1, 2, 3]
+        assert "chance" not in batch
+    whole = take(data(4, batch_size=4), 3)
+    assert [b["index"].tolist() for b in batches] == [b["index"].tolist() for b in whole]
+    assert "chance" in take(data(10, chance=True, batch_size=4, limit=4), 1)[0]
+    assert data(10, limit=50).count == 10
+    with pytest.raises(ValueError, match=r"data\.limit=0 is below 1"):
+        data(10, limit=0)

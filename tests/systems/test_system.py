@@ -23,7 +23,7 @@ def loss_of(model, *args, **kwargs):
     """`training_step` with what it logs, outside a trainer."""
     logged = {}
     model.log_dict = lambda values, **_: logged.update(values)
-    return model.training_step(batch(*args, **kwargs), 0), logged
+    return model.training_step(batch(*args, **kwargs), 0)["loss"], logged
 
 
 # ------------------------------------------------------------------------------- training

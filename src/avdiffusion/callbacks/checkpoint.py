@@ -1,5 +1,6 @@
 """When and under which names checkpoints are written."""
 
+import logging
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+log = logging.getLogger("avdiffusion")
 STEP = re.compile(r"step(\d{7,})\.ckpt")
 
 
@@ -43,6 +45,7 @@ class Checkpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.every, self.keep, self.written = every, keep, []
+        self.failed = ""  # why the last file could not be written
 
     def setup(self, trainer: pl.Trainer, system: pl.LightningModule, stage: str) -> None:
         self.dirpath = trainer.strategy.broadcast(self.dirpath)
@@ -66,23 +69,20 @@ class Checkpoint(ModelCheckpoint):
                 f"checkpoint.monitor={self.monitor!r} is not logged by validation, which logs "
                 f"{sorted(trainer.callback_metrics)}"
             )
-        path, score = (
-            self._step_file(trainer),
-            trainer.callback_metrics[self.monitor].detach().cpu(),
-        )
-        sign = 1 if self.mode == "min" else -1
-        ranked = sorted({**self.best_k_models, path: score}.items(), key=lambda x: sign * x[1])
-        ranked = ranked[: self.save_top_k]
-        if path not in dict(ranked) or torch.isnan(score):
+        path = self._step_file(trainer)
+        score = trainer.callback_metrics[self.monitor].detach().cpu()
+        if torch.isnan(score):
             return
-        self.best_k_models, self.current_score = dict(ranked), score
-        self.best_model_path, self.best_model_score = ranked[0]
-        self.kth_best_model_path, self.kth_value = ranked[-1]
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_step(trainer)
-        if self.best_model_path == path:
-            self._link(trainer, path, "best.ckpt")
-        self._prune(trainer)
+        before = dict(self.best_k_models)
+        self._rank({**before, path: score})
+        if path not in self.best_k_models:
+            return
+        self.current_score = score
+        if self._last_global_step_saved != trainer.global_step and not self._save_step(trainer):
+            self.best_k_models = before
+        elif self.best_model_path == path:
+            self._safely(trainer, self._link, path, "best.ckpt")
+            self._safely(trainer, self._prune)
 
     def on_train_epoch_end(self, *_: object) -> None:
         """Nothing: checkpoints go by steps."""
@@ -90,42 +90,96 @@ class Checkpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         if trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
             self._save_step(trainer)
+            if self.failed:
+                raise OSError(
+                    f"what was trained since the last checkpoint cannot be saved: {self.failed}"
+                )
 
     def on_exception(
         self, trainer: pl.Trainer, system: pl.LightningModule, exception: BaseException
     ) -> None:
+        """Saves what is finished; where several processes train, perhaps only this one failed."""
         if trainer.global_step and self._should_save_on_exception(trainer):
             self._save_step(trainer)
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "written": self.written}
+        """Names only: the folder may have moved when the run goes on."""
+        best = {Path(path).name: float(score) for path, score in self.best_k_models.items()}
+        return {"written": [Path(path).name for path in self.written], "best": best}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        if state_dict["dirpath"] == self.dirpath:
-            self.written = list(state_dict["written"])
+        """Takes over those files that lie in this run's folder."""
+        here = {name: str(Path(self.dirpath, name)) for name in state_dict["written"]}
+        here = {name: path for name, path in here.items() if Path(path).is_file()}
+        best = {here[n]: score for n, score in state_dict["best"].items() if n in here}
+        self.written = list(here.values())
+        if best:
+            self._rank({path: torch.tensor(score) for path, score in best.items()})
+
+    @property
+    def best(self) -> dict:
+        """Step, score and metric of the best validated file."""
+        step = int(STEP.match(Path(self.best_model_path).name)[1])
+        score = float(self.best_model_score)
+        return {"step": step, "value": score, "monitor": self.monitor}
 
     def _step_file(self, trainer):
         return str(Path(self.dirpath, f"step{trainer.global_step:07d}.ckpt"))
 
-    def _save_step(self, trainer):
-        path = self._step_file(trainer)
-        self.written = [p for p in self.written if p != path] + [path]
-        self.last_model_path = str(Path(self.dirpath, "last.ckpt"))
-        self._save_checkpoint(trainer, path)
-        self._link(trainer, path, "last.ckpt")
-        self._prune(trainer)
+    def _rank(self, scores):
+        """Keeps the best of these files, and says so where Lightning looks for it."""
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(scores.items(), key=lambda x: sign * x[1])[: self.save_top_k]
+        self.best_k_models = dict(ranked)
+        self.best_model_path, self.best_model_score = ranked[0]
+        self.kth_best_model_path, self.kth_value = ranked[-1]
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        part = str(Path(filepath).with_name(f".{Path(filepath).name}.part"))
-        trainer.save_checkpoint(part, self.save_weights_only)
-        if trainer.is_global_zero:
-            os.replace(part, filepath)
-        trainer.strategy.barrier()
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+    def _save_step(self, trainer):
+        """Writes a file of this step and points `last` at it; False if that failed."""
+        path, before = self._step_file(trainer), self.written
+        self.written = [p for p in before if p != path] + [path]
+        if not self._safely(trainer, self._write, path):
+            self.written = before
+            return False
+        self.last_model_path = str(Path(self.dirpath, "last.ckpt"))
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
+        self._safely(trainer, self._link, path, "last.ckpt")
+        self._safely(trainer, self._prune)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
+        return True
+
+    def _safely(self, trainer, action, *arguments):
+        """Whether `action` on the first process succeeded; a full disk costs a message.
+
+        No process waits for another here: one may be alone on its way out, another may fail.
+        """
+        try:
+            action(trainer, *arguments)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # not of torch's file writer
+            for part in Path(self.dirpath).glob(".*.part"):
+                part.unlink(missing_ok=True)
+            if not self.failed:
+                log.warning("no checkpoint can be written, training goes on: %s", error)
+            self.failed = str(error)
+            return False
+        if self.failed:
+            log.info("step %d: checkpoints can be written again", trainer.global_step)
+        self.failed = ""
+        return True
+
+    def _write(self, trainer, path):
+        # not `trainer.save_checkpoint`, after which all processes wait for each other
+        content = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        part = str(Path(path).with_name(f".{Path(path).name}.part"))
+        trainer.strategy.save_checkpoint(content, part)
+        if trainer.is_global_zero:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave a name without content
+            os.replace(part, path)
 
     def _link(self, trainer, path, name):
         """Gives a file a second name that always points at something whole."""

@@ -1,5 +1,6 @@
 """Batches in an order that neither devices, workers nor a restart change."""
 
+import logging
 import math
 from collections.abc import Iterator
 
@@ -8,20 +9,22 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
+log = logging.getLogger("avdiffusion")
+
 
 class Draws(Dataset):
     """A dataset asked for (index, position, seed): the position in training keys all chance.
 
     Datasets with `draw(index, rng)` get a generator of their own for windows and flips; any other
-    map-style dataset is simply indexed.
+    map-style dataset, or every one with `random=False`, is simply indexed.
     """
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, *, random: bool = True):
+        self.dataset, self.random = dataset, random
 
     def __getitem__(self, request: tuple[int, int, int]) -> dict:
         index, position, seed = request
-        if hasattr(self.dataset, "draw"):
+        if self.random and hasattr(self.dataset, "draw"):
             item = self.dataset.draw(index, np.random.default_rng((seed, position)))
         else:
             item = self.dataset[index]
@@ -29,10 +32,10 @@ class Draws(Dataset):
 
 
 class EndlessBatches:
-    """Requests for the micro-batches of one device, from optimiser step `start` on, for ever.
+    """Requests for the micro-batches of one device, from position `start` on, for ever.
 
-    Epoch e walks the dataset in a permutation keyed by (seed, e). Optimiser step g takes positions
-    [g B, (g + 1) B) of that walk; its micro-batch k on rank r the r-th slice of the k-th share.
+    Epoch e walks the dataset in a permutation keyed by (seed, e); every optimiser step takes the
+    next B positions of that walk, its micro-batch k on rank r the r-th slice of the k-th share.
     It has no length on purpose: Lightning resumes an endless loader where it is told to start.
     """
 
@@ -40,19 +43,18 @@ class EndlessBatches:
         self,
         size: int,
         *,
-        batch_size: int,
         micro_batch: int,
         seed: int = 0,
         start: int = 0,
         rank: int = 0,
         world: int = 1,
     ):
-        self.size, self.batch_size, self.micro_batch = size, batch_size, micro_batch
-        self.seed, self.start, self.rank, self.world = seed, start, rank, world
+        self.size, self.micro_batch, self.seed = size, micro_batch, seed
+        self.start, self.rank, self.world = start, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         share = self.micro_batch * self.world
-        position = self.start * self.batch_size + self.rank * self.micro_batch
+        position = self.start + self.rank * self.micro_batch
         while True:
             yield [self.request(position + i) for i in range(self.micro_batch)]
             position += share
@@ -78,8 +80,10 @@ class DataModule(pl.LightningDataModule):
     """A training and a validation dataset as batches `{video, audio, index, position, ...}`.
 
     `batch_size` is the global batch of one optimiser step; each device holds `micro_batch` of it
-    (all of its share by default) and accumulates the rest. `frames`, `fps`, `size`, `samples`,
-    `sample_rate`, `channels`, `root` say what the datasets deliver; they are checked once here.
+    (all of its share by default) and accumulates the rest. Of the training data the first `limit`
+    items are used; with `random=False` each is always the same window, not mirrored. `frames`,
+    `fps`, `size`, `samples`, `sample_rate`, `channels`, `root` say what the datasets deliver; they
+    are checked once here.
     """
 
     def __init__(
@@ -96,11 +100,14 @@ class DataModule(pl.LightningDataModule):
         root: str | None = None,
         batch_size: int = 16,
         micro_batch: int | None = None,
+        limit: int | None = None,
+        random: bool = True,
         num_workers: int = 0,
         seed: int = 0,
     ):
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("micro_batch", micro_batch)):
+        counts = {"batch_size": batch_size, "micro_batch": micro_batch, "limit": limit}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} is below 1")
         if len(train) == 0:
@@ -110,7 +117,9 @@ class DataModule(pl.LightningDataModule):
         self.fps, self.frames, self.size = fps, frames, size
         self.sample_rate, self.samples, self.channels = sample_rate, samples, channels
         self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.count, self.random = min(limit or len(train), len(train)), random
         self.num_workers, self.seed = num_workers, seed
+        self.since = (0, 0)  # position and optimiser step where this data began
 
     def split(self, world: int) -> tuple[int, int]:
         """(micro-batch, how many of them an optimiser step takes) of each of `world` devices."""
@@ -127,22 +136,50 @@ class DataModule(pl.LightningDataModule):
             )
         return held, share // held
 
+    @property
+    def consumed(self) -> int:
+        """How many positions finished optimiser steps have taken; prefetched ones don't count."""
+        position, step = self.since
+        return position + (self.trainer.global_step - step) * self.batch_size
+
+    def state_dict(self) -> dict:
+        epoch, _ = divmod(self.consumed, self.count)
+        return {
+            "consumed": self.consumed,
+            "step": self.trainer.global_step,
+            "epoch": epoch,
+            "seed": self.seed,
+            "size": self.count,
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.since = (state_dict["consumed"], state_dict["step"])
+        for name, now in (("seed", self.seed), ("size", self.count)):
+            if state_dict[name] != now:
+                log.warning(
+                    "the order of the data is another one from here on: data %s was %d, is %d",
+                    name,
+                    state_dict[name],
+                    now,
+                )
+
     def train_dataloader(self) -> DataLoader:
         batches = EndlessBatches(
-            len(self.train),
-            batch_size=self.batch_size,
+            self.count,
             micro_batch=self.split(self.trainer.world_size)[0],
             seed=self.seed,
-            start=self.trainer.global_step,
+            start=self.consumed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        return self._loader(Draws(self.train), batch_sampler=batches)
+        return self._loader(Draws(self.train, random=self.random), batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader | list:
         if self.val is None:
             return []
         rank, world = self.trainer.global_rank, self.trainer.world_size
+        if len(self.val) < world:
+            raise ValueError(f"{len(self.val)} validation items don't go round {world} devices")
         mine = Subset(Indexed(self.val), range(rank, len(self.val), world))
         return self._loader(mine, batch_size=self.split(world)[0])
 

@@ -10,11 +10,13 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 
 from avdiffusion.diffusion.diffusion import Diffusion
-from avdiffusion.diffusion.guide import Guide, Task
+from avdiffusion.diffusion.guide import Denoise, Guide, Task
 from avdiffusion.diffusion.noise import Noise, key
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import Sampler
+from avdiffusion.systems.average import PowerEMA
 from avdiffusion.systems.codec import Identity
+from avdiffusion.systems.resume import rewind, settle
 
 FORMAT = 1  # of a checkpoint; raised when an older one can no longer be read as it is
 SHIFTS = ("none", "fixed", "seeded")
@@ -40,7 +42,7 @@ class DiffusionSystem(pl.LightningModule):
         shapes: dict[str, list[int]],
         rates: dict[str, float],
         optimizer: Callable,
-        ema: Callable[..., EMA],
+        ema: Callable[..., EMA | PowerEMA],
         sampler: Sampler,
         guides: dict[str, Guide] | None = None,
         codec: nn.Module | None = None,
@@ -63,6 +65,7 @@ class DiffusionSystem(pl.LightningModule):
         self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.sampler, self.guides = sampler, list((guides or {}).values())
         self.shift, self.val_times, self.seed = shift, val_times, seed
+        self.validated = 0  # the optimiser step of the last validation that was completed
 
     # ---------------------------------------------------------------- training
 
@@ -76,7 +79,7 @@ class DiffusionSystem(pl.LightningModule):
         t = self.model.density(noise.uniform(), self.model.path)
         cond = self.shifts("train", self.global_step)
         losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
-        loss = self.log_losses("train", losses, len(t), prog_bar=True)
+        loss = self.log_losses("train", losses, len(t))
         # A loss that is not finite has no finite gradient on any device.
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         return {"loss": loss, "losses": {k: v.detach() for k, v in losses.items()}, "t": t}
@@ -91,19 +94,26 @@ class DiffusionSystem(pl.LightningModule):
             noise = Noise(self.seed, index, f"val/{k}", device=str(self.device)).like(x0)
             times.append(self.ema.ema_model.loss(x0, self.shifts("val", k), t=t, noise=noise))
             for name, value in times[-1].items():
-                self.log(
-                    f"val/loss_{name}_t{k}", value.mean(), sync_dist=True, batch_size=len(index)
-                )
+                name = f"val/loss_{name}_t{k}"
+                self.log(name, value.mean(), batch_size=len(index), logger=False, sync_dist=True)
         mean = {name: torch.stack([each[name] for each in times]).mean(0) for name in times[0]}
         self.log_losses("val", mean, len(index), sync_dist=True)
 
     def log_losses(self, stage: str, losses: dict, count: int, **options) -> Tensor:
-        """Logs each modality's mean; returns (and logs) their weighted sum."""
+        """Logs each modality's mean; returns (and logs) their weighted sum.
+
+        Loggers get means over all processes from the callback `Losses`, the bar reads these.
+        """
         means = {name: value.mean() for name, value in losses.items()}
-        total = sum(self.weights.get(n.removesuffix("_vb"), 1.0) * v for n, v in means.items())
+        total = self.total(means)
         logged = {f"{stage}/loss_{name}": value.detach() for name, value in means.items()}
-        self.log_dict({f"{stage}/loss": total.detach(), **logged}, batch_size=count, **options)
+        logged[f"{stage}/loss"] = total.detach()
+        self.log_dict(logged, batch_size=count, logger=False, **options)
         return total
+
+    def total(self, losses: dict) -> Tensor:
+        """The weighted sum of the modalities' mean losses."""
+        return sum(self.weights.get(n.removesuffix("_vb"), 1.0) * v for n, v in losses.items())
 
     def encode(self, batch: dict) -> Media:
         """What is diffused of a batch: integers are pixels or PCM samples, floats in [-1, 1]."""
@@ -124,8 +134,11 @@ class DiffusionSystem(pl.LightningModule):
         clip = {k: torch.empty(count, *shape, device="meta") for k, shape in self.shapes.items()}
         return self.codec.encode(Media(clip)).map(lambda v: torch.empty_like(v, device=self.device))
 
-    def shifts(self, *moment: object) -> dict[str, Tensor]:
-        """Condition entry with one window shift per cross-modal block, a function of `moment`."""
+    def shifts(self, *moment: object, seed: int | None = None) -> dict[str, Tensor]:
+        """Condition entry with one window shift per cross-modal block, a function of `moment`.
+
+        `seed`: instead of the system's own.
+        """
         ranges = getattr(self.model.net, "shift_ranges", None)
         if ranges is None or self.shift == "none":
             return {}
@@ -133,7 +146,7 @@ class DiffusionSystem(pl.LightningModule):
         # windows are counted in steps of the first modality's time axis
         limits = ranges(next(iter(self.latent(1).values())).shape[2])
         drawn = [
-            key(self.seed, "shift", *moment, block) % (limit + 1)
+            key(self.seed if seed is None else seed, "shift", *moment, block) % (limit + 1)
             for block, limit in enumerate(limits)
         ]
         return {"shifts": torch.tensor(drawn, device=self.device)}
@@ -149,8 +162,25 @@ class DiffusionSystem(pl.LightningModule):
         super().optimizer_step(*args, **kwargs)
         self.ema.update()
 
+    def on_train_start(self) -> None:
+        schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs] or [None]
+        settle(self.trainer.optimizers[0], schedules[0])
+
+    def on_validation_end(self) -> None:
+        self.validated = self.global_step
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["avdiffusion"] = {"format": FORMAT, "version": version("avdiffusion")}
+        checkpoint["avdiffusion"] = {
+            "format": FORMAT,
+            "version": version("avdiffusion"),
+            "validated": self.validated,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.validated = checkpoint["avdiffusion"].get("validated", 0)
+        if self.trainer.state.fn == "fit":
+            step = checkpoint["global_step"]
+            rewind(checkpoint["loops"], self.trainer, step=step, validated=self.validated)
 
     # ---------------------------------------------------------------- sampling
 
@@ -163,6 +193,15 @@ class DiffusionSystem(pl.LightningModule):
         if not parts:
             raise ValueError(f"num={num} and index={index} ask for no sample")
         return reduce(lambda a, b: a.map(lambda v, w: torch.cat([v, w]), b), parts)
+
+    @property
+    def task(self) -> Task:
+        return Task(self.model.path, decode=self.codec.decode)
+
+    def denoise(self, task: Task) -> Denoise:
+        """The averaged model's prediction, with the window shifts of the task's seeds at each t."""
+        model, (root, seed) = self.ema.ema_model.eval(), task.seeds
+        return lambda x, t: model.predict(x, t, self.shifts("sample", seed, float(t), seed=root))
 
     @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
     def samples(
@@ -191,11 +230,10 @@ class DiffusionSystem(pl.LightningModule):
             start = noise.fork("start").like(self.latent(micro_batch))
             x = model.path.sigma(torch.tensor(model.path.t_max)) * start
 
-            def denoise(x: Media, t: Tensor):
-                return model.predict(x, t, self.shifts("sample", seed, float(t)))
-
+            task = self.task._replace(seeds=(self.seed, seed))
+            denoise = self.denoise(task)
             for guide in guides:
-                denoise = guide(denoise, Task(model.path))
+                denoise = guide(denoise, task)
             for state in sampler(denoise, x, model.path, noise=noise.fork("step")):  # noqa: B007
                 if progress is not None:
                     progress()

@@ -140,7 +140,9 @@ class Project:
     def files(self) -> set[str]:
         """Files that commands have left, without the records of their configs and logs."""
         files = {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
-        records = re.compile(r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$|run\.json$|\.lock$)")
+        records = re.compile(
+            r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$|run\.json$|\.lock$)"
+        )
         return {f for f in files if not records.match(f)}
 
     def close(self) -> None:

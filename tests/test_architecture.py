@@ -30,16 +30,23 @@ MAY_IMPORT = {
     "strip": {"io", "media"},
     "gallery": {"io", "media", "strip"},
     "writer": {"io", "media", "strip", "gallery"},
-    "callbacks": {"callbacks", "io", "media", "metrics", "strip", "gallery", "writer"},
-    "checkpoint": {"systems", "trust"},
+    "callbacks": {"callbacks", "io", "media", "metrics", "strip", "gallery", "writer"}
+    | {"run_folder"},
+    "memory": set(),
+    "run_folder": set(),
+    "runs": {"run_folder"},
+    "sweep": {"run_folder", "runs"},
+    "checkpoint": {"systems", "trust", "sweep"},
+    "launch": {"checkpoint", "run_folder"},
     "convert": {"nn", "checkpoint"},
+    "posthoc": {"systems", "checkpoint"},
     "__init__": {"checkpoint"},
 }
 # Of the other packages: where alone they may be imported; True: only inside functions.
 CONFINED = {
-    "hydra": ({"checkpoint.py"}, False),
-    "omegaconf": ({"checkpoint.py"}, False),
-    "pytorch_lightning": ({"systems", "callbacks", "data/module.py"}, False),
+    "hydra": ({"checkpoint.py", "launch.py", "sweep.py"}, False),
+    "omegaconf": ({"checkpoint.py", "launch.py", "run_folder.py"}, False),
+    "pytorch_lightning": ({"systems", "callbacks", "data/module.py", "launch.py"}, False),
     "lightning_fabric": ({"callbacks"}, False),
     "ema_pytorch": ({"systems"}, False),
     "wandb": ({"callbacks"}, True),
@@ -127,7 +134,7 @@ def test_systems_know_no_concrete_network_or_sampler():
 
 def test_no_constructor_takes_a_config_object():
     for file in FILES:
-        if file.name != "checkpoint.py":
+        if file.name not in ("checkpoint.py", "launch.py", "sweep.py"):  # at Hydra's door
             assert "DictConfig" not in file.read_text(), file
 
 
@@ -157,9 +164,11 @@ def test_no_modality_is_named(file):
 
 @EVERY
 def test_no_global_random_numbers(file):
-    """Every draw has a generator; initial weights are torch's business."""
+    """Every draw has a generator; initial weights and dropout are torch's business."""
     draws = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
-    draws |= {"rand_like", "randn_like", "randint_like", "manual_seed"}
+    draws |= {"rand_like", "randn_like", "randint_like"}
+    if file != PACKAGE / "systems" / "diffusion.py":  # where dropout gets its seed
+        draws.add("manual_seed")
     for module, _, _ in imports(file):
         assert module != "random"
     for node in ast.walk(tree(file)):

@@ -223,3 +223,23 @@ def test_a_folder_with_bad_files_trains_without_them(project, clips):
     result = project(f"{FOLDER} {small} data.root={clips} data.train.on_bad=skip")
     assert result.status == 0, result.err
     assert "5 files used, 1 left out (silent from beginning to end)" in result.out + result.err
+
+
+def test_a_sweep_that_would_start_processes_is_refused(project):
+    result = project(
+        "python train.py -m seed=0,1 debug=fast logger=csv strategy=ddp trainer.devices=2"
+    )
+    assert result.status == 1
+    assert "a sweep cannot start 2 processes a point: use trainer.devices=1" in result.err
+    assert not [name for name in project.files() if name.endswith(".ckpt")]
+
+
+def test_weights_alone_are_nothing_to_train_on_from(project, refused, tmp_path):
+    path = tmp_path / "averaged.ckpt"
+    assert project(f"python train.py debug=fast logger=csv paths.runs={tmp_path}/r").status == 0
+    (last,) = tmp_path.glob("r/quickstart/*/checkpoints/last.ckpt")
+    stored = torch.load(last, weights_only=True)
+    del stored["optimizer_states"]
+    torch.save(stored, path)
+    error = refused(f"python train.py debug=fast logger=csv ckpt={path}")
+    assert "no state to train on from" in error

@@ -6,6 +6,8 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,9 @@ def commands(page):
     return [part.strip() for line in lines for part in line.split("&&")]
 
 
-ENTRY = sorted({c for page in PAGES.values() for c in commands(page) if c.startswith("python ")})
+SHOWN = {command for page in PAGES.values() for command in commands(page)}
+SHOWN = {re.sub(r"^torchrun .*?(?=train\.py)", "python ", command) for command in SHOWN}
+ENTRY = sorted(command for command in SHOWN if command.startswith("python "))
 # What needs data, devices or hours that a test has not; all the rest of the README is run.
 NOT_RUN = {
     "pip": "installation is what .ci/run does first",
@@ -54,6 +58,10 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_commands_parse_and_compose(command):
     """Overrides of all entry points make a config; every point of a sweep does."""
     _, script, *words = shlex.split(command)
+    if script == "-m":
+        source = Path(find_spec(words[0]).origin).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+        return
     assert (ROOT / script).is_file()
     if script not in ("train.py", "sample.py"):
         return
@@ -73,6 +81,27 @@ def test_commands_parse_and_compose(command):
         overrides = [word for word in point if not any(word.endswith(name) for name in own)]
         config = checkpoint.compose(overrides, config=Path(script).stem)
         assert script == "sample.py" or config.model._target_
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SLURM runs on Linux")
+@pytest.mark.parametrize("status", [0, 1, 138, 143])
+def test_the_slurm_script_queues_again_what_sigusr1_has_stopped(tmp_path, status):
+    """With stand-ins for its commands; 143 is a pre-emption, which SLURM itself queues again."""
+    (script,) = blocks(PAGES[ROOT / "docs" / "scale.md"], "sh")
+    for name, end in {"srun": f"exit {status}", "scontrol": ""}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n{end}\n')
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    env["SLURM_CPUS_PER_TASK"] = "8"
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == status
+    srun, *others = done.stdout.splitlines()
+    assert others == (["scontrol requeue 7"] if status == 138 else [])
+    asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\d+)$", script, re.MULTILINE))
+    config = checkpoint.compose(srun.partition("train.py ")[2].split())
+    assert config.trainer.devices == int(asked["ntasks-per-node"])
+    assert config.trainer.num_nodes == int(asked["nodes"])
+    assert config.ckpt == "auto"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)

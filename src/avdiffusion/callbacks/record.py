@@ -32,33 +32,43 @@ class Record(pl.Callback):
 
     def __init__(self, *, folder: str | Path, objective: str):
         self.path, self.objective = Path(folder, run_folder.RECORD), objective
-        self.metrics, self.before, self.since, self.began = {}, {}, monotonic(), now()
+        self.metrics, self.before, self.environment = {}, {}, {}
+        self.status, self.since, self.began = "running", monotonic(), now()
 
-    def on_fit_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, system: pl.LightningModule, stage: str) -> None:
         self.before = run_folder.status(self.path.parent)
         self.metrics = dict(self.before.get("metrics", {}))
+        self.since, self.status = monotonic(), "running"
+
+    def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.environment = environment(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
                 logger.log_hyperparams({"environment": self.environment})
-        self.since = monotonic()
-        self._write(trainer, "running")
+        self._write(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._write(trainer, "running")
+            self._write(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, system: pl.LightningModule, checkpoint: dict
+    ) -> None:
+        self._write(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         """After all that other callbacks do at the end."""
-        self._write(trainer, "finished")
+        self.status = "finished"
+        self._write(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, system: pl.LightningModule, exception: BaseException
     ) -> None:
         stopped = isinstance(exception, Stopped | KeyboardInterrupt)
-        self._write(trainer, "stopped" if stopped else "failed")
+        self.status = "stopped" if stopped else "failed"
+        self._write(trainer)
 
-    def _write(self, trainer, status):
+    def _write(self, trainer):
         if not trainer.is_global_zero:
             return
         for name, value in trainer.callback_metrics.items():
@@ -70,7 +80,7 @@ class Record(pl.Callback):
                 best = callback.best
         content = {
             "name": self.path.parent.name,
-            "status": status,
+            "status": self.status,
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
             "seconds": round(self.before.get("seconds", 0) + monotonic() - self.since, 1),

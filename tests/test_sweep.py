@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from entry import ROOT, Project
 
 from avdiffusion import checkpoint, run_folder, runs
-from avdiffusion.sweep import Point, PointFailed, failures
+from avdiffusion.sweep import Point, PointFailed, ended
 
 commands = pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
 STEPS = 9
@@ -68,7 +69,7 @@ def test_an_error_is_recorded_and_can_be_sent_by_a_worker(tmp_path, caplog):
     assert "Traceback" not in caplog.text
     copy = pickle.loads(pickle.dumps(failed.value))
     assert str(copy) == str(failed.value) == f"{tmp_path.name}: batch_size=3 is odd"
-    assert failures(copy) == str(copy)
+    assert ended(copy) == str(copy)
 
 
 def test_an_unexpected_error_leaves_its_traceback(tmp_path, caplog):
@@ -87,9 +88,10 @@ def test_a_signal_ends_the_sweep(tmp_path, end):
 
 
 def test_a_folder_that_is_no_run_gets_no_record(tmp_path):
-    with pytest.raises(PointFailed):
+    with pytest.raises(PointFailed) as failed:
         point(tmp_path, ValueError("no"), run=False)
     assert list(tmp_path.iterdir()) == []
+    assert ended(failed.value) == "no"
 
 
 # --------------------------------------------------------------------------------- whole commands
@@ -208,15 +210,15 @@ def train(folder, words, **env):
     return done
 
 
-@pytest.mark.slow
+@commands
 @pytest.mark.skipif(INSTALLED, reason="they are installed here")
-def test_a_launcher_that_is_missing_is_named_with_the_remedy(tmp_path):
+def test_a_launcher_that_is_missing_is_named_with_the_remedy(project):
     for launcher in ("parallel", "slurm"):
-        done = train(tmp_path, f"hydra/launcher={launcher} seed=0,1")
-        assert done.returncode == 1
-        assert done.stderr.strip().startswith("error: this launcher is not installed: pip install")
-        assert ".[sweep]" in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        result = project(f"python train.py -m hydra/launcher={launcher} seed=0,1")
+        assert result.status == 1
+        assert result.error.startswith("this launcher is not installed: pip install")
+        assert ".[sweep]" in result.error
+    assert project.files() == set()
 
 
 @pytest.mark.slow
@@ -253,13 +255,13 @@ def test_a_job_that_runs_out_of_time_is_saved_and_queued_again(tmp_path):
     with (tmp_path / "out").open("w") as out:
         running = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=out, stderr=out)
     ids = "runs/quickstart/multirun/*/.submitit/*/*_submitted.pkl"
-    metrics = "runs/quickstart/multirun/*/seed-0/metrics.csv"
+    metrics = "runs/quickstart/multirun/*/*/metrics.csv"
     wait_for(lambda: list(tmp_path.glob(metrics)))
     controller = next(iter(tmp_path.glob(ids))).name.split("_")[0]
     (worker,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
     os.kill(int(worker), signal.SIGUSR2)
     assert running.wait(timeout=900) == 0, (tmp_path / "out").read_text()
-    (record,) = tmp_path.glob("runs/quickstart/multirun/*/seed-0/run.json")
+    (record,) = tmp_path.glob("runs/quickstart/multirun/*/*/run.json")
     record = json.loads(record.read_text())
     assert (record["status"], record["step"], record["starts"]) == ("finished", 200, 2)
 
@@ -287,3 +289,43 @@ def test_the_job_that_slurm_is_asked_for(tmp_path):
         assert f"#SBATCH --{option}" in asked
     for option in ("job-name=quickstart", "time=1440", "signal=USR2@300", "partition=long"):
         assert f"#SBATCH --{option}" in asked
+
+
+# ----------------------------------------------------------------------------------------- search
+
+
+@commands
+@pytest.mark.slow
+def test_the_search_of_the_page(project):
+    """As it stands in docs/sweeps.md, with fewer steps and a stand-in that tries two rates."""
+    page = (ROOT / "docs" / "sweeps.md").read_text()
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    small = ", ".join(repr(word) for word in SMALL.split())
+    script = script.replace('"trainer.max_steps=400"', small)
+    (project.folder / "search.py").write_text(script)
+    (project.folder / "optuna.py").write_text(OPTUNA)
+    result = project("python search.py")
+    assert result.status == 0, result.err
+    values = objectives(project.folder / "runs" / "search")
+    assert list(values) == ["000", "001"]
+    assert result.out.strip().splitlines()[-1] == str({"lr": 0.01})
+    assert values["001"] < values["000"]
+
+
+OPTUNA = """
+from types import SimpleNamespace
+
+
+class Study:
+    def optimize(self, objective, n_trials, catch):
+        assert n_trials > 1
+        rates, values = (1e-4, 1e-2), {}
+        for number, rate in enumerate(rates):
+            trial = SimpleNamespace(number=number, suggest_float=lambda *_, log: rate)
+            values[rate] = objective(trial)
+        self.best_params = {"lr": min(values, key=values.get)}
+
+
+def create_study(*, study_name, storage, load_if_exists):
+    return Study()
+"""

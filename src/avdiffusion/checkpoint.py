@@ -16,12 +16,15 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from avdiffusion.sweep import Point, PointFailed, ended
 from avdiffusion.systems.diffusion import FORMAT, DiffusionSystem
 from avdiffusion.trust import objections
 
@@ -31,6 +34,7 @@ BUILT = ("model", "sampler", "guide")  # what of a stored config becomes objects
 # What reading a damaged or forged file may end in, besides UnpicklingError.
 UNREADABLE = (RuntimeError, EOFError, BadZipFile, LookupError, OSError, ValueError, TypeError)
 UNREADABLE += (AttributeError, AssertionError, MemoryError, OverflowError, struct.error)
+TYPED: list[str] = []  # the command line, before anything is added to it
 
 log = logging.getLogger("avdiffusion")
 
@@ -39,11 +43,13 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read, trusted or built; the message says which."""
 
 
-def compose(overrides: Sequence[str] = (), *, config: str = "train") -> DictConfig:
+def compose(
+    overrides: Sequence[str] = (), *, config: str = "train", configs: Path = CONFIGS
+) -> DictConfig:
     """The config a command line of these overrides would run with."""
     if GlobalHydra.instance().is_initialized():
         GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(configs), version_base="1.3"):
         return hydra_compose(config, overrides=list(overrides))
 
 
@@ -90,13 +96,16 @@ def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
     raise CheckpointError(f"no checkpoint at {path}")
 
 
-def read(ckpt: str | Path) -> dict:
-    """A checkpoint's content, tensors and plain values only, with its format checked."""
+def read(ckpt: str | Path, *, mmap: bool = False) -> dict:
+    """A checkpoint's content, tensors and plain values only, with its format checked.
+
+    With `mmap`, tensors stay in the file until they are used.
+    """
     path = find(ckpt)
     if not is_zipfile(path):
         raise CheckpointError(f"{path} is no checkpoint, or only the beginning of one")
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         # Torch's own words end in the advice to load it all the same.
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -203,33 +212,55 @@ def folder_name(overrides: str) -> str:
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Runs an entry point; what a user can mend ends in one line on stderr and exit status 1."""
+def quoted(value: str) -> str:
+    """A value that Hydra takes as it is, whatever characters are in it."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def run(
+    main: Callable[[], Any],
+    prepare: Callable[[Sequence[str], Path], list[str]] | None = None,
+) -> None:
+    """Runs an entry point; what a user can mend ends in one line on stderr and exit status 1.
+
+    `prepare(words, configs)` gives the words of the command line that Hydra is to see.
+    """
+    TYPED[:] = sys.argv
     words = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
     for word in words:
         try:
             OverridesParser.create().parse_override(word)
         except (OverrideParseException, HydraException):
             name, _, value = word.partition("=")
-            quoted = value.replace("\\", "\\\\").replace("'", "\\'")
             raise SystemExit(
                 f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is "
-                f"quoted twice: \"{name}='{quoted}'\""
+                f'quoted twice: "{name}={quoted(value)}"'
             ) from None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in many lines
     try:
+        if prepare is not None:
+            sys.argv[1:] = prepare(sys.argv[1:], Path(sys.argv[0]).absolute().parent / "configs")
         main()
     except (HydraException, OmegaConfBaseException) as error:
         if FULL_ERRORS:
             raise
         raise SystemExit(f"error: {message(error)}") from error
+    except PointFailed as error:
+        raise SystemExit(f"error: {ended(error)}") from error
 
 
 def guarded(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
-    """`task(config)`; the errors people can act on become `error: ...` and exit status 1."""
+    """`task(config)`; the errors people can act on become `error: ...` and exit status 1.
+
+    In a sweep they, and all others, end only their point (`sweep.Point`).
+    """
+    known = (ValueError, OSError, HydraException, OmegaConfBaseException)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        with Point(HydraConfig.get().runtime.output_dir, known=known, message=message):
+            return task(config)
     try:
         return task(config)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except known as error:
         if FULL_ERRORS:
             raise
         raise SystemExit(f"error: {message(error)}") from error
@@ -241,6 +272,8 @@ def message(error: BaseException) -> str:
     if "Missing mandatory value" in text:
         key = re.findall(r"(?:full_key|value): (\S+)", text)[-1]
         return f"{key} is needed: give it as {key}=..."
+    if "Could not load 'hydra/launcher/" in text:
+        return 'this launcher is not installed: pip install -e ".[sweep]" -c constraints.txt'
     if "Original Traceback" in text:  # of a loader's worker; the error itself comes last
         text = text.splitlines()[-1].partition(": ")[2]
     text = re.split(r"\s+(?:Config search path|full_key):", text)[0]

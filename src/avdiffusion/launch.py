@@ -110,6 +110,8 @@ def difference(config: DictConfig, folder: Path) -> str | None:
 def again() -> str:
     """The command that goes on with the run of this process."""
     words = [word for word in TYPED if not word.lstrip("+").startswith("ckpt=")]
+    if not words:  # a worker of a sweep
+        return "the command of the sweep with ckpt=auto"
     return shlex.join(["python", *words, "ckpt=auto"])
 
 

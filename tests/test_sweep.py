@@ -55,20 +55,21 @@ def objectives(root):
 
 def point(tmp_path, error, run=True):
     if run:
-        (tmp_path / ".hydra").mkdir()
+        (tmp_path / ".hydra").mkdir(parents=True)
         (tmp_path / ".hydra" / "overrides.yaml").write_text("- seed=0\n")
     with Point(str(tmp_path), known=(ValueError,), message=checkpoint.message):
         raise error
 
 
 def test_an_error_is_recorded_and_can_be_sent_by_a_worker(tmp_path, caplog):
+    folder = tmp_path / "batch_size-3"
     with pytest.raises(PointFailed) as failed:
-        point(tmp_path, ValueError("batch_size=3\nis odd"))
-    assert run_folder.status(tmp_path)["status"] == "failed"
-    assert run_folder.status(tmp_path)["error"] == "batch_size=3 is odd"
+        point(folder, ValueError("batch_size=3\nis odd"))
+    assert run_folder.status(folder)["status"] == "failed"
+    assert run_folder.status(folder)["error"] == "batch_size=3 is odd"
     assert "Traceback" not in caplog.text
     copy = pickle.loads(pickle.dumps(failed.value))
-    assert str(copy) == str(failed.value) == f"{tmp_path.name}: batch_size=3 is odd"
+    assert str(copy) == str(failed.value) == "batch_size-3: batch_size=3 is odd"
     assert ended(copy) == str(copy)
 
 

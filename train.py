@@ -9,7 +9,6 @@ python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
 
 import logging
-import os
 import signal
 import warnings
 from pathlib import Path
@@ -22,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
 from avdiffusion import checkpoint, launch, memory, run_folder
+from avdiffusion.callbacks.samples import SampleClips
 from avdiffusion.callbacks.stop import Stopped
 from avdiffusion.systems.resume import FitLoop
+from avdiffusion.writer import write_whole
 
 log = logging.getLogger("avdiffusion")
 
@@ -39,20 +40,24 @@ def train(config: DictConfig) -> float | None:
     folder, plain = Path(config.paths.run), checkpoint.plain(config)
     resume = None
     if config.ckpt == "auto":
-        done = run_folder.status(folder)
-        if (folder / "config.yaml").is_file() and (other := launch.difference(config, folder)):
-            raise ValueError(f"{folder} has another config: {other}. Leave out ckpt=auto")
-        if done.get("status") == "finished":
+        begun = (folder / run_folder.CONFIG).is_file()
+        if begun and (other := launch.difference(config, folder)):
+            raise ValueError(f"{folder} is another run's: {other}. Give another folder or name")
+        if run_folder.status(folder).get("status") == "finished":
             log.info("%s is finished: nothing to do", folder)
-            return done["objective"]["value"]
+            return objective(folder)
         resume = launch.newest(folder)
         log.info("ckpt=auto: %s", f"going on from {resume}" if resume else "a new run")
     elif config.ckpt:
         resume = checkpoint.find(config.ckpt, config.paths.runs)
-        if "optimizer_states" not in checkpoint.read(resume):  # before anything is written
+        # before anything is written
+        if "optimizer_states" not in checkpoint.read(resume, mmap=True):
             raise ValueError(
                 f"{resume} holds weights to sample with, but no state to train on from"
             )
+
+    if run_folder.checkpoints(folder) and (resume is None or folder not in resume.parents):
+        raise ValueError(f"{folder} already holds a run: go on with ckpt=auto, or give another")
 
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
@@ -63,17 +68,21 @@ def train(config: DictConfig) -> float | None:
         logger=[each for each in checkpoint.build(config.logger).values() if each],
         callbacks=[each for each in callbacks.values() if each],
     )
+    # Clips are sampled last, after the checkpoint: a kill meanwhile costs no step.
+    trainer.callbacks.sort(key=lambda callback: isinstance(callback, SampleClips))
     refuse_to_spawn(trainer)
     micro_batch, trainer.accumulate_grad_batches = data.split(trainer.world_size)
+    if not isinstance(config.trainer.val_check_interval, int):
+        every = config.trainer.val_check_interval
+        raise ValueError(f"trainer.val_check_interval={every} is no number of optimiser steps")
     # Lightning counts micro-batches, we optimiser steps and whole batches.
     trainer.val_check_interval = config.trainer.val_check_interval * trainer.accumulate_grad_batches
     if isinstance(config.trainer.limit_val_batches, int):
         trainer.limit_val_batches *= trainer.accumulate_grad_batches
     FitLoop.replace(trainer)
     if first:
-        _held = launch.hold(folder)  # until training ends
-        OmegaConf.save(OmegaConf.create(plain), folder / ".config.yaml.part")
-        os.replace(folder / ".config.yaml.part", folder / "config.yaml")
+        _held = run_folder.hold(folder)  # until training ends
+        write_whole(folder / run_folder.CONFIG, OmegaConf.to_yaml(plain).encode())
     log.info(
         "%s: %.1f M parameters; batch %d = %d device(s) x %d x %d accumulated; run folder %s",
         config.name,
@@ -96,8 +105,12 @@ def train(config: DictConfig) -> float | None:
         if memory.ran_out(error):
             raise ValueError(memory.advice(plain, trainer.world_size)) from error
         raise
-    objective = trainer.callback_metrics.get(config.objective)
-    return None if objective is None else float(objective)
+    return objective(folder)
+
+
+def objective(folder: Path) -> float | None:
+    """What a sweep judges a finished run by."""
+    return run_folder.status(folder).get("objective", {}).get("value")
 
 
 def refuse_to_spawn(trainer: pl.Trainer) -> None:

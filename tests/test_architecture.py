@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "checkpoint": {"systems", "trust", "sweep"},
     "launch": {"checkpoint", "run_folder"},
     "convert": {"nn", "checkpoint"},
-    "posthoc": {"systems", "checkpoint"},
+    "posthoc": {"systems", "checkpoint", "run_folder"},
     "__init__": {"checkpoint"},
 }
 # Of the other packages: where alone they may be imported; True: only inside functions.

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities import rank_zero_only
 
-from avdiffusion import launch
+from avdiffusion import launch, run_folder
 from avdiffusion.checkpoint import CONFIGS, compose, plain
 
 FAST = ["debug=fast", "logger=csv"]
@@ -57,7 +57,10 @@ def test_the_newest_unfinished_run_of_the_same_config_goes_on(tmp_path, begun):
     begun("d", "model.optimizer.lr=0.5")
     begun("e", name="other")
     assert place(tmp_path, "ckpt=auto") == str(newer)
-    assert place(tmp_path, "+ckpt=auto") == str(newer)
+    assert place(tmp_path, "+ckpt=auto") == place(tmp_path, "ckpt='auto'") == str(newer)
+    (newer.parent / "damaged").mkdir()
+    (newer.parent / "damaged" / "config.yaml").write_text("paths: {run: '")
+    assert place(tmp_path, "ckpt=auto") == str(newer)
     (newer / "run.json").write_text(json.dumps({"status": "finished"}))
     assert place(tmp_path, "ckpt=auto") == str(older)
     assert place(tmp_path) is None
@@ -94,13 +97,15 @@ def test_a_folder_that_is_given_is_left_alone(tmp_path, begun):
     assert words(tmp_path, *given)[-2:] == given
     for flag in ("--help", "--cfg"):
         assert words(tmp_path, "ckpt=auto", flag)[-1] == flag
+    with pytest.raises(ValueError, match="--config-name"):
+        words(tmp_path, "ckpt=auto", "--config-name=other")
 
 
 def test_a_run_that_another_process_trains_is_left_alone(tmp_path, begun):
     run = begun("a")
     holder = (
-        "import sys; from avdiffusion import launch; from pathlib import Path\n"
-        "held = launch.hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+        "import sys; from avdiffusion import run_folder; from pathlib import Path\n"
+        "held = run_folder.hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", holder, str(run)],
@@ -111,8 +116,10 @@ def test_a_run_that_another_process_trains_is_left_alone(tmp_path, begun):
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process is training"):
-            launch.hold(run)
+            run_folder.hold(run)
         assert place(tmp_path, "ckpt=auto") is None
+        run_folder.fail(run, "no data")
+        assert run_folder.status(run)["status"] == "running"
     finally:
         process.kill()
         process.wait()
@@ -138,6 +145,8 @@ def test_torchrun_decides_on_devices(tmp_path, monkeypatch):
     config = compose(words(tmp_path))
     assert (config.trainer.devices, config.trainer.num_nodes) == (4, 2)
     assert "DDP" in config.trainer.strategy._target_
+    with pytest.raises(ValueError, match="one torchrun command for each point"):
+        words(tmp_path, "-m", "seed=0,1")
     given = ["trainer.devices=4", "strategy=auto"]
     assert words(tmp_path, *given)[3:] == [*given, "trainer.num_nodes=2"]
 
@@ -151,7 +160,7 @@ def test_the_newest_checkpoint_that_can_be_read(tmp_path, begun, monkeypatch, ca
     assert "the one before it is tried" in caplog.text
     good = run / "checkpoints" / "step0000010.ckpt"
 
-    def read(path):
+    def read(path, mmap):
         if path != good:
             raise launch.CheckpointError(f"{path} is damaged")
 

@@ -177,11 +177,14 @@ def test_failed_and_running_runs(sweep, shown):
     assert run_folder.status(sweep / "lr-9_seed-0")["status"] == "failed"
 
 
-@pytest.mark.parametrize("status", ["finished", "running", "stopped"])
-def test_a_run_of_another_process_is_not_marked(tmp_path, status):
-    folder = make(tmp_path / "run", status=status, step=3)
-    run_folder.fail(folder, "another process is training here")
-    assert run_folder.status(folder) == {"status": status, "step": 3}
+def test_a_run_that_fails_is_marked_unless_it_is_finished(tmp_path):
+    folder = make(tmp_path / "run", status="finished", step=3)
+    run_folder.fail(folder, "no data")
+    assert run_folder.status(folder) == {"status": "finished", "step": 3}
+    folder = make(tmp_path / "other", status="running", step=3)
+    run_folder.fail(folder, "no data")
+    told = {"name": "other", "status": "failed", "step": 3, "error": "no data"}
+    assert run_folder.status(folder) == told
 
 
 def test_what_never_began_is_counted(sweep, shown):

@@ -3,6 +3,7 @@
 Real commands in processes of their own; they end by SIGKILL, SIGTERM or what has been done to them.
 """
 
+import csv
 import json
 import os
 import random
@@ -178,6 +179,37 @@ def test_killed_at_random_moments(project, tmp_path, processes, workers):
     assert kills >= 5
 
 
+def logged(run):
+    """The rows of metrics.csv in any order, without what depends on time and machine."""
+    found = []
+    with (run.run / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            names = [n for n in row if n.startswith(("val/", "train/loss", "train/lr", "sample/"))]
+            if values := {name: row[name] for name in names if row[name]}:
+                found.append((int(row["step"]), sorted(values.items())))
+    return sorted(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6])
+def test_metrics_of_a_killed_run(project, tmp_path, step):
+    """Validation, clips and checkpoints on one step: killed before them, and two steps later."""
+    words = ["trainer.max_steps=8", "trainer.val_check_interval=4"]
+    words += ["callbacks.samples.every=4", "callbacks.checkpoint.every=4"]
+    whole = Run(project, tmp_path / "whole", *words).finish()
+    kill = ["+callbacks.kill._target_=recorder.Kill", f"+callbacks.kill.step={step}"]
+    run = Run(project, tmp_path / "run", *words, *kill, f"+callbacks.kill.path={tmp_path}/killed")
+    (process,) = run.start()
+    assert process.wait().status == -signal.SIGKILL
+    run.finish()
+    assert json.loads((run.run / "run.json").read_text())["starts"] == 2
+    rows = logged(whole)
+    assert {at for at, _ in rows} == set(range(1, 9))
+    names = [name for at, values in rows if at == 4 for name, _ in values]
+    assert {"val/loss", "train/loss", "train/lr", "sample/nonfinite"} <= set(names)
+    assert logged(run) == rows
+
+
 @pytest.mark.slow
 def test_goes_on_with_other_processes_and_workers(project, tmp_path):
     whole = Run(project, tmp_path / "whole").finish()
@@ -294,6 +326,45 @@ def test_a_signal_to_one_of_two_processes_stops_both(run):
     assert (run.run / "checkpoints" / "last.ckpt").is_file()
 
 
+def test_a_signal_to_all_processes_of_a_run_spares_its_workers(run):
+    """As `timeout`, torchrun and schedulers send it."""
+    (process,) = run.start("trainer.max_steps=1000", "data.num_workers=2")
+    reached(run, 6)
+    os.killpg(process.pid, signal.SIGTERM)
+    result = process.wait()
+    assert result.status == 143, result
+    assert result.out.splitlines()[-1].startswith("stopped after step ")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_clips_that_a_signal_prevented_are_made_when_it_goes_on(project, tmp_path):
+    words = ["sampler.steps=300", "callbacks.samples.every=6", "callbacks.samples.final_num=0"]
+    run = Run(project, tmp_path / "run", *words)
+    (process,) = run.start()
+    place = "runs/short/*/samples/step0000006"
+    end = time.monotonic() + 120
+    while not list(run.folder.glob(place)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send(signal.SIGTERM)
+    assert process.wait().status == 143
+    assert not list(run.folder.glob(f"{place}/gallery.html"))
+    run.finish()
+    assert list(run.folder.glob(f"{place}/gallery.html"))
+    assert [step for step, _ in run.steps()] == list(range(1, STEPS + 1))
+
+
+def test_a_folder_that_holds_a_run_takes_no_other(run):
+    run.finish(f"hydra.run.dir={run.folder}/runs/short/x")
+    before = run.files()
+    (process,) = [run.project.start(f"{run.command} hydra.run.dir={run.run} seed=1")]
+    result = process.wait()
+    assert result.status == 1
+    assert "already holds a run: go on with ckpt=auto" in result.err
+    assert run.files() == before
+
+
 def test_a_signal_while_it_samples_for_the_last_time(project, tmp_path):
     words = ["trainer.max_steps=4", "sampler.steps=1000", "callbacks.samples.every=0"]
     run = Run(project, tmp_path / "run", *words)
@@ -308,6 +379,19 @@ def test_a_signal_while_it_samples_for_the_last_time(project, tmp_path):
     assert json.loads((run.run / "run.json").read_text())["status"] == "stopped"
     run.finish("sampler.steps=2")  # which is not the same config: a new run
     assert len(list((run.folder / "runs" / "short").iterdir())) == 2
+
+
+def test_a_kill_while_it_samples_costs_no_step(project, tmp_path):
+    words = ["sampler.steps=1000", "callbacks.samples.every=6", "callbacks.checkpoint.every=6"]
+    run = Run(project, tmp_path / "run", *words)
+    (process,) = run.start()
+    end = time.monotonic() + 120
+    while not list(run.folder.glob("runs/short/*/samples/step0000006")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (run.run / "checkpoints" / "step0000006.ckpt").is_file()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Configs and checkpoints: composing, building, finding and safely loading; Hydra's only door."""
+"""Configs and checkpoints: composing, building, finding, safely loading; how commands end."""
 
 import hashlib
 import logging
@@ -241,7 +241,7 @@ def run(
         if prepare is not None:
             sys.argv[1:] = prepare(sys.argv[1:], Path(sys.argv[0]).absolute().parent / "configs")
         main()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
         if FULL_ERRORS:
             raise
         raise SystemExit(f"error: {message(error)}") from error

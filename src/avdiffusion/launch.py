@@ -13,11 +13,6 @@ from pytorch_lightning.utilities import rank_zero_only
 from avdiffusion import run_folder
 from avdiffusion.checkpoint import TYPED, CheckpointError, compose, plain, quoted, read
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two processes out of one run folder
-    fcntl = None
-
 log = logging.getLogger("avdiffusion")
 
 # What may differ when a run goes on: where and on how many devices, and what is printed.
@@ -25,20 +20,30 @@ FREE = ("ckpt", "paths", "logger", "strategy", "callbacks.progress", "trainer.de
 FREE += ("trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.default_root_dir")
 FREE += ("data.num_workers", "data.micro_batch")
 
+SWEEP = {"-m", "--multirun"}
+TELLING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
+TELLING |= {"--shell-completion", "-sc"}
+CHILD = "hydra.job.name=train_ddp_process_"  # as Lightning names those that it starts
+
 
 def words(given: Sequence[str], configs: Path) -> list[str]:
     """A command line with the folder that `ckpt=auto` goes on in, as Hydra is to see it.
 
     Processes that a launcher starts beside the first one get no folder and no log file.
     """
-    flags = {word for word in given if word.startswith("-")}
+    flags = {word.partition("=")[0] for word in given if word.startswith("-")}
     overrides = [word for word in given if not word.startswith("-")]
-    if flags - {"-m", "--multirun"}:
-        return list(given)  # --help, --cfg and the like: Hydra's business
-    if any(word.startswith("hydra.job.name=train_ddp_process_") for word in given):
-        return list(given)  # started by the first process, with all that is needed
+    if flags & TELLING or any(word.startswith(CHILD) for word in given):
+        return list(given)  # runs nothing, or was started by the first process with all it needs
+    parsed = [OverridesParser.create().parse_override(word) for word in overrides if "=" in word]
+    auto = any(o.key_or_group == "ckpt" and o.value() == "auto" for o in parsed)
+    if flags - SWEEP:
+        if auto:
+            raise ValueError(f"ckpt=auto cannot be together with {min(flags - SWEEP)}")
+        return list(given)
+    if flags and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a sweep cannot run under torchrun: one torchrun command for each point")
     mode, extra = "sweep" if flags else "run", []
-    auto = "ckpt=auto" in [word.lstrip("+") for word in overrides]
     placed = any(word.startswith(f"hydra.{mode}.dir=") for word in overrides)
     if auto and not placed:
         folder = (sweep if flags else unfinished)(overrides, configs)
@@ -77,7 +82,10 @@ def unfinished(overrides: Sequence[str], configs: Path) -> Path | None:
     for folder in _newest(Path(config.paths.runs, config.name), "config.yaml"):
         if run_folder.status(folder).get("status") == "finished":
             continue
-        if difference(config, folder) is None and not (rank_zero_only.rank == 0 and _held(folder)):
+        if difference(config, folder) is not None:
+            continue
+        # the first process of this very run may hold it by the time another one looks
+        if rank_zero_only.rank > 0 or not run_folder.held(folder):
             return folder
     return None
 
@@ -97,10 +105,11 @@ def sweep(overrides: Sequence[str], configs: Path) -> Path | None:
 
 def difference(config: DictConfig, folder: Path) -> str | None:
     """The first setting in which `config` is another than that of the run in `folder`, if any."""
-    stored = OmegaConf.load(folder / "config.yaml")
-    config = config.copy()
-    OmegaConf.update(config, "paths.run", stored.paths.run)
-    here, there = dict(_leaves(plain(config))), dict(_leaves(plain(stored)))
+    stored, config = run_folder.config(folder), config.copy()
+    if "paths" not in stored:
+        return f"{folder / run_folder.CONFIG} cannot be read"
+    OmegaConf.update(config, "paths.run", stored["paths"]["run"])
+    here, there = dict(_leaves(plain(config))), dict(_leaves(stored))
     for key in sorted(here.keys() | there.keys()):
         if not _free(key) and (key not in here or key not in there or here[key] != there[key]):
             return f"{key} was {there.get(key, 'not there')}, is {here.get(key, 'not there')}"
@@ -112,42 +121,22 @@ def again() -> str:
     words = [word for word in TYPED if not word.lstrip("+").startswith("ckpt=")]
     if not words:  # a worker of a sweep
         return "the command of the sweep with ckpt=auto"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "the same torchrun command with ckpt=auto"
     return shlex.join(["python", *words, "ckpt=auto"])
 
 
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run that can be read; None if it has none."""
-    files = sorted((folder / "checkpoints").glob("step*.ckpt"), reverse=True)
-    for file in [folder / "checkpoints" / "last.ckpt", *files]:
+    for file in [*run_folder.checkpoints(folder).values(), folder / "checkpoints" / "last.ckpt"]:
         if file.is_file():
             try:
-                read(file)
+                read(file, mmap=True)
             except CheckpointError as error:
                 log.warning("%s; the one before it is tried", error)
             else:
                 return file
     return None
-
-
-def hold(folder: Path) -> object:
-    """Keeps other processes from training in this folder for as long as the result lives."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115
-    if fcntl is not None:
-        try:
-            # a lock of the process: workers don't inherit it, and a kill releases it
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process is training in {folder}") from error
-    return file
-
-
-def _held(folder):
-    try:
-        hold(folder).close()
-    except ValueError:
-        return True
-    return False
 
 
 def _newest(root: Path, name: str) -> Iterator[Path]:

@@ -27,6 +27,9 @@ def advice(config: Mapping, devices: int) -> str:
     if str(trainer["precision"]).startswith("32") and trainer["accelerator"] != "cpu":
         steps.append("trainer.precision=bf16-mixed")
     steps.append("a smaller model/net, or data.frames and data.size below these")
+    samples = (config["callbacks"].get("samples") or {}).get("micro_batch", 1)
+    if samples > 1:
+        steps.append(f"callbacks.samples.micro_batch={samples // 2} if clips were being sampled")
     return (
         f"out of memory with {share} clips a device at once (data.batch_size={data['batch_size']} "
         f"over {devices}), {data['frames']} frames of {height}x{width}, {data['samples']} samples, "

@@ -8,7 +8,6 @@ The run was trained with `model/ema=power` (Karras et al. 2024a, section 3.2).
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,24 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avdiffusion import checkpoint
+from avdiffusion import checkpoint, run_folder
 from avdiffusion.checkpoint import CheckpointError
 from avdiffusion.systems.average import coefficients, gamma, places
 
 POWER = "avdiffusion.systems.average.PowerEMA"
-STEP = re.compile(r"step(\d+)\.ckpt")
 LIMIT = 0.1  # error of a profile that passes for the one asked for
 
 
 def snapshots(run: str | Path) -> dict[int, Path]:
     """The step files of a run folder, by step."""
-    folder = Path(run, "checkpoints") if Path(run, "checkpoints").is_dir() else Path(run)
+    folder = Path(run).parent if Path(run).name == "checkpoints" else Path(run)
     if not folder.is_dir():
         raise CheckpointError(f"no run folder at {run}")
-    found = sorted(file for file in folder.iterdir() if STEP.fullmatch(file.name))
+    found = run_folder.checkpoints(folder)
     if not found:
         raise CheckpointError(f"{folder} holds no step checkpoints, such as step0001000.ckpt")
-    return {int(STEP.fullmatch(file.name)[1]): file for file in found}
+    return dict(sorted(found.items()))
 
 
 def reconstruct(

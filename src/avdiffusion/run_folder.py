@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from datetime import datetime
 from math import isfinite
 from pathlib import Path
@@ -11,7 +12,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-RECORD, METRICS, OVERRIDES = "run.json", "metrics.csv", ".hydra/overrides.yaml"
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes out of one run folder
+    fcntl = None
+
+RECORD, METRICS, CONFIG = "run.json", "metrics.csv", "config.yaml"
+OVERRIDES = ".hydra/overrides.yaml"
+STEP = re.compile(r"step(\d+)\.ckpt")
 LARGER = ("avcorr", "f1", "psnr", "ssim")  # in the names of metrics of which more is better
 
 
@@ -37,13 +45,47 @@ def status(folder: str | Path) -> dict:
     return _record(Path(folder), [])
 
 
+def config(folder: str | Path) -> dict:
+    """The resolved config of a run; {} if there is none, or only half of one."""
+    return _yaml(Path(folder, CONFIG), dict, [])
+
+
+def checkpoints(folder: str | Path) -> dict[int, Path]:
+    """The step files of a run, by step, the last one first."""
+    found = {f: STEP.fullmatch(f.name) for f in Path(folder, "checkpoints").glob("step*.ckpt")}
+    steps = {int(match[1]): file for file, match in found.items() if match}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def hold(folder: str | Path) -> object:
+    """Keeps other processes from training in this folder for as long as the result lives."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = Path(folder, ".lock").open("w")  # noqa: SIM115
+    if fcntl is not None:
+        try:
+            # a lock of the process: workers don't inherit it, and a kill releases it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process is training in {folder}") from error
+    return file
+
+
+def held(folder: str | Path) -> bool:
+    """Whether another process trains in this folder, or this one may not."""
+    try:
+        hold(folder).close()
+    except (ValueError, OSError):
+        return True
+    return False
+
+
 def fail(folder: str | Path, error: str) -> None:
     """Notes why a run failed in its `run.json`, which is made if training had not begun.
 
-    A run that is not recorded as failed is left alone: another process trains it, or has done so.
+    A run that is finished, or that another process trains, is left alone.
     """
     path, content = Path(folder, RECORD), status(folder)
-    if content.get("status", "failed") != "failed":
+    if content.get("status") == "finished" or held(folder):
         return
     content = {"name": path.parent.name, **content, "status": "failed", "error": error}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -58,7 +100,7 @@ def read(folder: Path, root: Path, problems: list[str]) -> dict:
     metric its checkpoints are chosen by. `metrics` and `overrides` are dicts.
     """
     record, curves = _record(folder, problems), _curves(folder, problems)
-    config = _yaml(folder / "config.yaml", dict, problems)
+    config = _yaml(folder / CONFIG, dict, problems)
     goal = _part(record, "objective") or {"name": config.get("objective", "val/loss")}
     best = _part(record, "best")
     monitor = best.get("monitor", "val/loss")
@@ -85,7 +127,7 @@ def read(folder: Path, root: Path, problems: list[str]) -> dict:
         "folder": str(folder),
         "error": record.get("error"),
         "metrics": metrics,
-        "overrides": _overrides(folder, record, problems),
+        "overrides": _overrides(folder, problems),
     }
 
 
@@ -134,11 +176,9 @@ def _yaml(path, kind, problems):
     return content if isinstance(content, kind) else kind()
 
 
-def _overrides(folder, record, problems):
+def _overrides(folder, problems):
     """Key (or config group) to value of what was given on the command line."""
-    words = record.get("overrides")
-    if not isinstance(words, list):
-        words = _yaml(folder / OVERRIDES, list, problems)
+    words = _yaml(folder / OVERRIDES, list, problems)
     pairs = (str(word).lstrip("+").partition("=") for word in words)
     return {key: value for key, _, value in pairs}
 

@@ -5,10 +5,12 @@ import logging
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 from tiny_system import fit
 
 from avdiffusion.callbacks import loggers
 from avdiffusion.callbacks.loggers import Csv, TensorBoard
+from avdiffusion.callbacks.record import Record
 
 
 def rows(tmp_path):
@@ -36,6 +38,8 @@ def test_a_run_that_goes_on_has_every_row_once(tmp_path):
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("4,0.12345,0.")
     second = Csv(save_dir=tmp_path)
+    second.resume(1)
+    assert [r["step"] for r in rows(tmp_path)] == ["0", "1"]
     second.log_metrics({"train/loss": 20.0}, 2)
     second.log_metrics({"val/loss": 21.0}, 2)
     second.log_metrics({"sample/avcorr": 30.0}, 3)
@@ -48,6 +52,66 @@ def test_a_run_that_goes_on_has_every_row_once(tmp_path):
     ]
     assert {r["sample/avcorr"] for r in rows(tmp_path)[:4]} == {""}
     assert [f.name for f in tmp_path.glob("*metrics*")] == ["metrics.csv"]
+
+
+def test_what_is_logged_again_of_the_step_it_goes_on_from_replaces(tmp_path):
+    first = Csv(save_dir=tmp_path)
+    for step in (3, 4, 6):
+        first.log_metrics({"train/loss": 1.0}, step)
+    first.log_metrics({"sample/avcorr": 2.0}, 4)
+    first.log_metrics({"val/loss": 3.0, "val/gap": 4.0}, 4)
+    first.log_metrics({"val/loss": 5.0, "train/grad_norm": 6.0}, 4)
+    second = Csv(save_dir=tmp_path)
+    second.resume(4)
+    second.log_metrics({"val/loss": 7.0, "val/gap": 8.0}, 4)
+    second.log_metrics({"train/loss": 9.0}, 6)
+    second.log_metrics({"sample/new": 10.0}, 6)
+    assert [{k: v for k, v in row.items() if v} for row in rows(tmp_path)] == [
+        {"step": "3", "train/loss": "1.0"},
+        {"step": "4", "train/loss": "1.0"},
+        {"step": "4", "sample/avcorr": "2.0"},
+        {"step": "4", "train/grad_norm": "6.0"},
+        {"step": "4", "val/loss": "7.0", "val/gap": "8.0"},
+        {"step": "6", "train/loss": "9.0"},
+        {"step": "6", "sample/new": "10.0"},
+    ]
+
+
+def test_rows_that_a_full_disk_keeps_are_removed_with_the_next(tmp_path, monkeypatch, caplog):
+    first = Csv(save_dir=tmp_path)
+    for step in range(1, 4):
+        first.log_metrics({"train/loss": 1.0}, step)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    second = Csv(save_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(loggers, "write_whole", full)
+        second.resume(1)
+    assert "No space left" in caplog.text
+    second.log_metrics({"train/loss": 2.0}, 2)
+    assert [(r["step"], r["train/loss"]) for r in rows(tmp_path)] == [("1", "1.0"), ("2", "2.0")]
+
+
+def test_loggers_learn_where_training_goes_on(tmp_path):
+    """Rows of steps that are taken again are gone before any other is written."""
+    save = pl.callbacks.ModelCheckpoint(
+        dirpath=tmp_path / "saved", every_n_train_steps=2, save_top_k=-1, filename="{step}"
+    )
+    first = Csv(save_dir=tmp_path)
+    for step in (2, 3, 5):
+        first.log_metrics({"train/loss": 1.0}, step)
+    fit(save, steps=2)
+    seen = []
+
+    class See(pl.Callback):
+        def on_train_start(self, trainer, *_):
+            seen.extend(rows(tmp_path))
+
+    record, ckpt = Record(folder=tmp_path, objective="val/loss"), tmp_path / "saved" / "step=2.ckpt"
+    fit(record, See(), logger=[Csv(save_dir=tmp_path)], steps=4, ckpt=ckpt)
+    assert [row["step"] for row in seen] == ["2"]
 
 
 def test_a_full_disk_costs_one_line_and_no_row(tmp_path, monkeypatch, caplog):
@@ -112,6 +176,7 @@ def test_tensorboard_hides_repeated_steps_and_survives_a_full_disk(tmp_path, cap
         first.log_metrics({"train/loss": 1.0}, step)
     first.finalize("failed")
     second = TensorBoard(save_dir=tmp_path)
+    second.resume(1)
     for step in range(2, 5):
         second.log_metrics({"train/loss": 2.0}, step)
     second.save()

@@ -50,8 +50,8 @@ def clock(monkeypatch):
 class Slow(pl.Callback):
     """The first batch takes long, as compilation does; so do validation, saving and sampling."""
 
-    def __init__(self, clock, every=5):
-        self.clock, self.every = clock, every
+    def __init__(self, clock, every=5, busy=0.0):
+        self.clock, self.every, self.busy = clock, every, busy
 
     def on_train_batch_start(self, trainer, *_):
         self.clock.now += 500 if trainer.global_step == 0 else 0
@@ -63,6 +63,7 @@ class Slow(pl.Callback):
         self.clock.now += 2000
 
     def on_train_batch_end(self, trainer, *_):
+        self.clock.now += self.busy
         if trainer.global_step % self.every == 0:
             self.clock.now += 3000
             next(c for c in trainer.callbacks if isinstance(c, Speed)).restart()
@@ -77,10 +78,14 @@ def train(
     save=None,
     folder=None,
     stall=0.3,
+    busy=0.0,
     micro_batch=None,
     **options,
 ):
-    """4 clips a step; a batch of data takes `data` seconds, training 0.2 + 0.5 + 0.05."""
+    """4 clips a step; a batch of data takes `data` seconds, training 0.2 + 0.5 + 0.05.
+
+    Another callback is `busy` for so many seconds after it.
+    """
 
     class Timed(Clips):
         def item(self, index, rng=None):
@@ -101,7 +106,7 @@ def train(
     model.on_before_backward = lambda _: advance(0.5)
     model.on_before_optimizer_step = lambda _: advance(0.05)
     module = DataModule(train=Timed(), val=Clips(4), batch_size=4, micro_batch=micro_batch, **CLIP)
-    callbacks = [Speed(stall=stall), Slow(clock, options.pop("sampled", 10**6))]
+    callbacks = [Speed(stall=stall), Slow(clock, options.pop("sampled", 10**6), busy)]
     if save:
 
         class Save(pl.Callback):
@@ -164,7 +169,20 @@ def test_pauses_do_not_count(clock, options, tmp_path):
             )
 
 
-def test_on_cuda_time_is_that_of_events(clock, monkeypatch):
+def test_other_callbacks_are_no_wait_for_data(clock, caplog):
+    logged, trainer = train(clock, busy=5.0, log_every_n_steps=10)
+    for step in (10, 20):
+        whole = expected(logged[step])
+    assert logged[20]["train/clips_per_s"] == pytest.approx(4 / (whole + 5))
+    assert "waiting for data" not in caplog.text
+    count = len(trainer.callbacks)
+    trainer.fit_loop.epoch_loop.max_steps = 22
+    trainer.fit(trainer.lightning_module, trainer.datamodule)
+    assert len(trainer.callbacks) == count
+
+
+@pytest.mark.parametrize("busy", [0.0, 5.0])
+def test_on_cuda_time_is_that_of_events(clock, monkeypatch, busy):
     monkeypatch.setattr(torch.cuda, "Event", clock.event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
 
@@ -174,7 +192,7 @@ def test_on_cuda_time_is_that_of_events(clock, monkeypatch):
             self.cuda = True
 
     monkeypatch.setattr(f"{__name__}.Speed", OnCuda)
-    logged, _ = train(clock, log_every_n_steps=10)
+    logged, _ = train(clock, busy=busy, log_every_n_steps=10)
     expected(logged[20])
     assert logged[20]["train/gpu_gib"] == 3
 
@@ -215,6 +233,7 @@ def test_a_gpu_left_idle_is_mentioned(caplog, monkeypatch, device, gpu, said):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     trainer = SimpleNamespace(
         global_step=0,
+        callbacks=[],
         is_global_zero=True,
         strategy=SimpleNamespace(root_device=torch.device(device)),
     )

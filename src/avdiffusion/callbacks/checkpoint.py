@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from weakref import proxy
@@ -11,8 +10,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from avdiffusion.run_folder import STEP
+
 log = logging.getLogger("avdiffusion")
-STEP = re.compile(r"step(\d{7,})\.ckpt")
 
 
 class Checkpoint(ModelCheckpoint):
@@ -54,6 +54,14 @@ class Checkpoint(ModelCheckpoint):
             for part in Path(self.dirpath).glob(".*.part"):
                 part.unlink()
 
+    def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
+        first = trainer.strategy.broadcast(trainer.global_step)
+        if first != trainer.global_step:
+            raise ValueError(
+                f"process {trainer.global_rank} goes on from step {trainer.global_step}, the first "
+                f"from {first}: do all of them see the same run folders?"
+            )
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         step = trainer.global_step
         if step and step % self.every == 0 and not self._should_skip_saving_checkpoint(trainer):
@@ -88,12 +96,12 @@ class Checkpoint(ModelCheckpoint):
         """Nothing: checkpoints go by steps."""
 
     def on_train_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
-        if trainer.global_step and not self._should_skip_saving_checkpoint(trainer):
-            self._save_step(trainer)
-            if self.failed:
-                raise OSError(
-                    f"what was trained since the last checkpoint cannot be saved: {self.failed}"
-                )
+        if not trainer.global_step or self._should_skip_saving_checkpoint(trainer):
+            return
+        if not self._save_step(trainer):
+            raise OSError(
+                f"what was trained since the last checkpoint cannot be saved: {self.failed}"
+            )
 
     def on_exception(
         self, trainer: pl.Trainer, system: pl.LightningModule, exception: BaseException
@@ -109,9 +117,10 @@ class Checkpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes over those files that lie in this run's folder."""
-        here = {name: str(Path(self.dirpath, name)) for name in state_dict["written"]}
+        written = [Path(name).name for name in state_dict["written"]]
+        here = {name: str(Path(self.dirpath, name)) for name in written}
         here = {name: path for name, path in here.items() if Path(path).is_file()}
-        best = {here[n]: score for n, score in state_dict["best"].items() if n in here}
+        best = {here[n]: score for n, score in state_dict.get("best", {}).items() if n in here}
         self.written = list(here.values())
         if best:
             self._rank({path: torch.tensor(score) for path, score in best.items()})
@@ -119,8 +128,7 @@ class Checkpoint(ModelCheckpoint):
     @property
     def best(self) -> dict:
         """Step, score and metric of the best validated file."""
-        step = int(STEP.match(Path(self.best_model_path).name)[1])
-        score = float(self.best_model_score)
+        step, score = _step(self.best_model_path), float(self.best_model_score)
         return {"step": step, "value": score, "monitor": self.monitor}
 
     def _step_file(self, trainer):
@@ -139,12 +147,10 @@ class Checkpoint(ModelCheckpoint):
         path, before = self._step_file(trainer), self.written
         self.written = [p for p in before if p != path] + [path]
         if not self._safely(trainer, self._write, path):
-            self.written = before
+            self.written = before  # the file may be there, but `last` does not point at it
             return False
         self.last_model_path = str(Path(self.dirpath, "last.ckpt"))
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
-        self._safely(trainer, self._link, path, "last.ckpt")
-        self._safely(trainer, self._prune)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
@@ -180,6 +186,8 @@ class Checkpoint(ModelCheckpoint):
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())  # else a power cut may leave a name without content
             os.replace(part, path)
+        self._link(trainer, path, "last.ckpt")
+        self._prune(trainer)
 
     def _link(self, trainer, path, name):
         """Gives a file a second name that always points at something whole."""
@@ -195,7 +203,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _prune(self, trainer):
         """Removes files of this run that are neither periodic and new enough nor among the best."""
-        periodic = [p for p in self.written if int(STEP.match(Path(p).name)[1]) % self.every == 0]
+        periodic = [p for p in self.written if _step(p) % self.every == 0]
         kept = {*(periodic if self.keep < 0 else periodic[len(periodic) - self.keep :])}
         kept |= {*self.best_k_models, self.written[-1]}
         if trainer.ckpt_path is not None:
@@ -203,3 +211,7 @@ class Checkpoint(ModelCheckpoint):
         for path in set(self.written) - kept if trainer.is_global_zero else ():
             Path(path).unlink(missing_ok=True)
         self.written = [p for p in self.written if p in kept]
+
+
+def _step(path):
+    return int(STEP.fullmatch(Path(path).name)[1])

@@ -41,7 +41,7 @@ class Once:
 class Csv(CSVLogger):
     """`metrics.csv` in the run folder, written row by row.
 
-    A run that goes on appends to it, without the rows of steps that are now taken again.
+    A run that goes on appends to it, without what is logged again.
     """
 
     def __init__(self, *, save_dir: str | Path):
@@ -57,30 +57,50 @@ class Csv(CSVLogger):
     def log_hyperparams(self, *_: object) -> None:
         """Nothing: `config.yaml` lies beside `metrics.csv`."""
 
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Removes the rows of steps after `step`, which are taken again.
+
+        What is logged at `step` from now on, such as its validation, replaces what is there.
+        """
+        self.experiment.resume(step)
+
 
 class _Rows(ExperimentWriter):
     """Rows wait in memory until the disk takes them; Lightning's writer deletes what it finds."""
 
     def __init__(self, log_dir: str):
         super().__init__(log_dir=log_dir)
-        self.once, self.continued = Once(), False
+        self.once, self.start, self.continued = Once(), math.inf, False
 
     def _check_log_dir_exists(self) -> None:
         """Nothing: a folder that is not empty is a run that goes on."""
 
+    def resume(self, step: int) -> None:
+        """See `Csv`."""
+        self.start, self.continued = step, False
+        if Path(self.metrics_file_path).is_file():
+            self._save()
+
     def save(self) -> None:
         if self.metrics:
-            with self.once(f"{self.metrics_file_path} cannot be written"):
-                self._write(Path(self.metrics_file_path))
-                self.metrics = []
+            self._save()
+
+    def _save(self):
+        with self.once(f"{self.metrics_file_path} cannot be written"):
+            self._write(Path(self.metrics_file_path))
+            self.metrics = []
 
     def _write(self, path):
         new = set().union(*self.metrics) - set(self.metrics_keys)
-        if new or not self.continued or not path.is_file():
-            first = min(row["step"] for row in self.metrics)
-            columns, kept = _rows_before(math.inf if self.continued else first, path)
+        again = set().union(*(row for row in self.metrics if row["step"] == self.start))
+        if new or again or not self.continued or not path.is_file():
+            columns, rows = _whole_rows(path)
+            if not self.continued:
+                rows = [row for row in rows if int(row["step"]) <= self.start]
+            rows = _without(again - {"step"}, self.start, rows) if again else rows
             columns = sorted({*columns, *new, *self.metrics_keys})
-            write_whole(path, _text(columns, [*kept, *self.metrics], header=True))
+            write_whole(path, _text(columns, [*rows, *self.metrics], header=True))
             self.metrics_keys, self.continued = columns, True
             return
         size, text = path.stat().st_size, _text(self.metrics_keys, self.metrics)
@@ -101,17 +121,25 @@ def _text(columns, rows, header=False):
     return file.getvalue().encode()
 
 
-def _rows_before(step, path):
-    """(columns, rows) of a file without the rows from `step` on and without half a row at its end.
-
-    A process that was killed may have written rows of steps that its last checkpoint does not know.
-    """
+def _whole_rows(path):
+    """(columns, rows) of a file without the half row that a kill may leave at its end."""
     if not path.is_file():
         return [], []
     text = path.read_text()
     reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     whole = [r for r in reader if None not in (*r, *r.values()) and r.get("step", "").isdigit()]
-    return list(reader.fieldnames or []), [row for row in whole if int(row["step"]) < step]
+    return list(reader.fieldnames or []), whole
+
+
+def _without(columns, step, rows):
+    """The rows, those of `step` without some columns and without rows that hold nothing else."""
+    for row in rows:
+        if int(row["step"]) != step:
+            yield row
+            continue
+        rest = {key: value for key, value in row.items() if value and key not in columns}
+        if rest.keys() != {"step"}:
+            yield rest
 
 
 class TensorBoard(TensorBoardLogger):
@@ -124,7 +152,7 @@ class TensorBoard(TensorBoardLogger):
                 "or choose logger=csv"
             )
         super().__init__(save_dir, name="tensorboard", version="", default_hp_metric=False)
-        self.once, self.continued = Once(), False
+        self.once = Once()
 
     @contextmanager
     def tolerant(self) -> Iterator[None]:
@@ -135,8 +163,6 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         with self.tolerant():
-            if not self.continued and step is not None:
-                self._restart(step)
             for name, value in metrics.items():  # Lightning's own hides what went wrong
                 self.experiment.add_scalar(name, float(value), step)
 
@@ -155,10 +181,11 @@ class TensorBoard(TensorBoardLogger):
         with self.tolerant():
             super().finalize(status)
 
-    def _restart(self, step):
-        """From here on TensorBoard passes over what earlier files hold of `step` and later."""
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """TensorBoard passes over what earlier files hold of steps after `step`."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
-        self.experiment.file_writer.add_event(Event(session_log=start), step)
-        self.continued = True
+        with self.tolerant():
+            self.experiment.file_writer.add_event(Event(session_log=start), step + 1)

@@ -16,6 +16,7 @@ import torch
 
 from avdiffusion import run_folder
 from avdiffusion.callbacks.checkpoint import Checkpoint
+from avdiffusion.callbacks.loggers import Csv, TensorBoard
 from avdiffusion.callbacks.stop import Stopped
 from avdiffusion.callbacks.wandb_run import Wandb
 
@@ -27,7 +28,7 @@ class Record(pl.Callback):
 
     The status is `running`, `finished`, `stopped` (by a signal) or `failed`. A process that is
     killed leaves `running`. `objective` is the metric a sweep is judged by. W&B is told of the
-    machine, too.
+    machine, too, and loggers that write files of the step they go on from.
     """
 
     def __init__(self, *, folder: str | Path, objective: str):
@@ -41,8 +42,11 @@ class Record(pl.Callback):
         self.since, self.status = monotonic(), "running"
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
-        self.environment = environment(trainer)
+        if trainer.is_global_zero:
+            self.environment = environment(trainer)
         for logger in trainer.loggers:
+            if isinstance(logger, Csv | TensorBoard):
+                logger.resume(trainer.global_step)
             if isinstance(logger, Wandb):
                 logger.log_hyperparams({"environment": self.environment})
         self._write(trainer)

@@ -72,23 +72,35 @@ class SampleClips(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
+        # of a run that goes on in its folder, and was ended before or while it sampled
+        place = self.out / self._name(trainer)
+        own = Path(trainer.ckpt_path or ".").absolute().is_relative_to(self.out.parent.absolute())
+        missed = own and self._due(trainer) and not (place / "gallery.html").is_file()
+        if trainer.strategy.broadcast(missed):
+            self._show(trainer, system, place.name, self.num)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, system: pl.LightningModule, *_: object
     ) -> None:
-        step = trainer.global_step
-        if not self.every or step % self.every or step == self.last:
-            return
-        self.last = step
-        if step == trainer.max_steps and self.final_num:
-            return
-        self._show(trainer, system, f"step{step:07d}", self.num)
+        if trainer.global_step != self.last:
+            self.last = trainer.global_step
+            if self._due(trainer):
+                self._show(trainer, system, self._name(trainer), self.num)
 
     def on_train_end(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         if self.final_num:
             page, rows = self._show(trainer, system, "final", self.final_num)
             if page:
                 log.info("%s", summary(page, self.final_num, rows))
+
+    def _due(self, trainer):
+        step = trainer.global_step
+        if not step or not self.every or step % self.every:
+            return False
+        return step != trainer.max_steps or not self.final_num
+
+    def _name(self, trainer):
+        return f"step{trainer.global_step:07d}"
 
     def _show(self, trainer, system, name, num):
         """Samples, writes, scores and logs; (page, rows of scores), of the first process alone."""

@@ -9,6 +9,7 @@ from time import perf_counter
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 
 from avdiffusion.callbacks.scalars import Scalars
 
@@ -24,11 +25,13 @@ class Speed(Scalars):
     `train/ms_data`, `_forward`, `_backward`, `_optimizer` are those of one optimiser step,
     `train/data_wait` is the share of data, `train/ram_gib` and on CUDA `train/gpu_gib` are peaks.
     On CUDA time is the device's, so that data fetched while it works costs nothing. The first
-    step, validation, sampling and saving don't count. A share above `stall` is warned of once.
+    step, validation, sampling and saving don't count; what other callbacks do after a step is in no
+    part of it, but slows the clips. A share above `stall` is warned of once.
     """
 
     def __init__(self, *, stall: float = 0.3):
         self.stall, self.warned = stall, False
+        self.end = LambdaCallback(on_train_batch_end=self._wait)
         self.restart()
 
     def restart(self) -> None:
@@ -40,6 +43,8 @@ class Speed(Scalars):
         super().on_train_start(trainer, system)
         self.start, self.cold = trainer.global_step, True
         self.cuda = trainer.strategy.root_device.type == "cuda"
+        if self.end not in trainer.callbacks:
+            trainer.callbacks.append(self.end)  # data is waited for when all others are done
         idle = torch.cuda.is_available() or torch.backends.mps.is_available()
         if trainer.strategy.root_device.type == "cpu" and idle and trainer.is_global_zero:
             log.warning("training on the CPU of a machine with a GPU; to use that: trainer=gpu")
@@ -69,8 +74,7 @@ class Speed(Scalars):
             self.cold = step == self.start
             self.restart()
             return
-        self.last = self._mark()
-        self.times.append([*self.marks, self.last])
+        self.times.append([*self.marks, self._mark()])
         self.clips += len(next(v for v in batch.values() if torch.is_tensor(v)))
         due = self.due(trainer)
         if not due and step != self.start + EARLY:
@@ -84,6 +88,10 @@ class Speed(Scalars):
             self.clips, self.since = 0, perf_counter()
             self.times.clear()
 
+    def _wait(self, *_):
+        if self.since is not None:
+            self.last = self._mark()
+
     def _mark(self):
         if not self.cuda:
             return perf_counter()
@@ -94,7 +102,7 @@ class Speed(Scalars):
     def _split(self, accumulated):
         """Milliseconds of an optimiser step by part, and the share of data."""
         if self.cuda:
-            self.last.synchronize()
+            self.times[-1][-1].synchronize()
         # A batch after a pause has nothing that its wait could be measured from.
         spans = [[_ms(*pair) for pair in pairwise(marks)] for marks in self.times]
         values = {}

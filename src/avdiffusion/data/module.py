@@ -2,6 +2,9 @@
 
 import logging
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 log = logging.getLogger("avdiffusion")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")  # that end training in good order
 
 
 class Draws(Dataset):
@@ -187,11 +191,30 @@ class DataModule(pl.LightningDataModule):
         return DataLoader(
             dataset,
             collate_fn=collate,
+            worker_init_fn=leave_signals,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **order,
         )
+
+
+def leave_signals(_: int) -> None:
+    """A worker ends when its parent says so; of a signal to all processes it takes no notice.
+
+    The parent acts on that, and still needs its workers for the step that is under way.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    numbers, parent = [getattr(signal, name) for name in SIGNALS], os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def wait():
+        while signal.sigwaitinfo(numbers).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Indexed(Dataset):

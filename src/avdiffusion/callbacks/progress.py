@@ -83,8 +83,8 @@ class Progress(TQDMProgressBar):
         text = f"step {step:>6d}" + (f"/{self.total}" if self.total else "")
         for name, value in self.get_metrics(trainer, system).items():
             text += f"  {name} {value}"
-        if self.total:
-            left = spent / max(step - self.first, 1) * (self.total - step)
+        if self.total and step > self.first + 1:  # the first step is no measure of the others
+            left = spent / (step - self.first) * (self.total - step)
             text += f"  {Tqdm.format_interval(left)} left"
         return text
 

@@ -56,7 +56,8 @@ def train(config: DictConfig) -> float | None:
                 f"{resume} holds weights to sample with, but no state to train on from"
             )
 
-    if run_folder.checkpoints(folder) and (resume is None or folder not in resume.parents):
+    in_place = resume is not None and folder.absolute() in resume.absolute().parents
+    if first and run_folder.checkpoints(folder) and not in_place:
         raise ValueError(f"{folder} already holds a run: go on with ckpt=auto, or give another")
 
     data = checkpoint.build(config.data)

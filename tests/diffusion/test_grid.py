@@ -67,6 +67,12 @@ def test_log_snr_is_uniform_in_log_snr(path):
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_log_snr_falls_from_just_below_the_end(path):
+    times = log_snr(path, 100, 1 - 1e-15, 0.0)
+    assert bool((times.diff() < 0).all())
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @settings(deadline=None, max_examples=25)
 @given(steps=st.sampled_from([1, 2, 5, 10, 25, 100]), data=st.data())

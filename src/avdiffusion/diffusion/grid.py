@@ -57,8 +57,10 @@ def _table(places: list[int], total: int, start: float, end: float) -> Tensor:
 def log_snr(path: Path, steps: int, start: float, end: float) -> Tensor:
     """Uniform in log(alpha / sigma) (Lu et al. 2022), from t_max or just below to t_min or end."""
     lam = torch.tensor([start, max(end, path.t_min)], dtype=torch.float64)
-    # A path whose data end vanishes at t = 1 has no finite lambda there.
-    high, low = path.lam(lam.clamp(max=path.t_max)).nan_to_num(neginf=-7.0)
+    # A path whose data end vanishes at t = 1 has no finite lambda there, and just below it one so
+    # low that times next to each other would be equal.
+    floor = path.lam(torch.tensor(path.t_max, dtype=torch.float64)).nan_to_num(neginf=-7.0)
+    high, low = path.lam(lam.clamp(max=path.t_max)).clamp(min=floor)
     times = path.time(_line(high, low, steps + 1))
     times[0], times[-1] = lam[0], lam[1]
     return times

@@ -19,6 +19,7 @@ from avdiffusion.callbacks.checkpoint import Checkpoint
 from avdiffusion.callbacks.loggers import Csv, TensorBoard
 from avdiffusion.callbacks.stop import Stopped
 from avdiffusion.callbacks.wandb_run import Wandb
+from avdiffusion.writer import write_whole
 
 log = logging.getLogger("avdiffusion")
 
@@ -96,10 +97,8 @@ class Record(pl.Callback):
             "best": best,
             "environment": self.environment,
         }
-        part = self.path.with_name(f".{self.path.name}.part")
         try:
-            part.write_text(json.dumps(content, indent=1))
-            os.replace(part, self.path)
+            write_whole(self.path, json.dumps(content, indent=1).encode())
         except OSError as error:
             log.warning("%s could not be written, training goes on: %s", self.path, error)
 

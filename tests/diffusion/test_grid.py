@@ -1,15 +1,29 @@
 """Where samplers stop: the published tables, and ends that are met exactly."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avdiffusion.diffusion.grid import GRIDS, leading, log_snr, sections, trailing
+from avdiffusion.diffusion.grid import (
+    GRIDS,
+    karras,
+    leading,
+    log_snr,
+    quadratic,
+    sections,
+    time_uniform,
+    trailing,
+)
 from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
 
 VP = DiscreteVP()
 PATHS = {"linear": VP, "cosine": DiscreteVP(betas="cosine"), "flow": RectifiedFlow(), "edm": EDM()}
+ON_EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+TABLES = (leading, sections)
+TO_T_MIN = (time_uniform, quadratic, log_snr)
 
 
 def places(times, total=1000):
@@ -51,13 +65,20 @@ def test_counts_without_a_table_are_refused():
             grid(EDM(), 10, 1.0, 0.0)
 
 
+def test_a_table_below_the_end_is_refused():
+    """The step of a table of one is the last before the data."""
+    assert sections(VP, 1, 1.0, 0.0).tolist() == [1 / 1000, 0.0]
+    with pytest.raises(ValueError, match=r"none of the table's 1 steps lies above t_end=0.25"):
+        sections(VP, 1, 1.0, 0.25)
+
+
 def test_trailing_is_uniform_in_time_and_hits_the_table():
     times = trailing(VP, 50, 1.0, 0.0)
     assert places(times) == list(range(19, 1000, 20))
     assert torch.equal(VP.log_alpha(times), VP.log_alphas[list(range(1000, -1, -20))])
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@ON_EVERY_PATH
 def test_log_snr_is_uniform_in_log_snr(path):
     times = log_snr(path, 20, path.t_max, 0.0)
     lam = path.lam(times[1:])
@@ -66,27 +87,79 @@ def test_log_snr_is_uniform_in_log_snr(path):
     assert float(times[-1]) == path.t_min
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
-def test_log_snr_falls_from_just_below_the_end(path):
-    times = log_snr(path, 100, 1 - 1e-15, 0.0)
+@ON_EVERY_PATH
+@pytest.mark.parametrize("grid", [log_snr, karras])
+def test_times_fall_from_just_below_the_end(grid, path):
+    times = grid(path, 100, 1 - 1e-15, 0.0)
     assert bool((times.diff() < 0).all())
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@ON_EVERY_PATH
+@pytest.mark.parametrize(("grid", "power"), [(time_uniform, 1.0), (quadratic, 0.5)])
+def test_grids_in_time_are_uniform_in_a_power_of_it(grid, power, path):
+    for start, end in ((path.t_max, 0.0), (0.8, 0.2)):
+        times = grid(path, 20, start, end)
+        found = times**power
+        torch.testing.assert_close(found.diff(), found.diff()[:1].expand(20), rtol=1e-9, atol=0)
+        assert float(times[0]) == start
+        assert float(times[-1]) == max(end, path.t_min)
+
+
+def test_karras_has_the_published_noise_levels():
+    """Table 1 and equation 5: 18 levels from 80 to 0.002."""
+    path = EDM()
+    found = path.sigma(karras(path, 17, 1.0, 0.0))
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    expected = [(high + i / 17 * (low - high)) ** 7 for i in range(18)]
+    torch.testing.assert_close(
+        found, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+
+
+@ON_EVERY_PATH
+def test_karras_reaches_the_data_from_the_path_s_lowest_time(path):
+    """Uniform in the 7th root of sigma / alpha, without the first time of an infinite one."""
+    steps = 20 if path.t_min else 19
+    times = karras(path, steps, path.t_max, 0.0)
+    assert len(times) == steps + 1
+    assert float(times[0]) == path.t_max
+    assert float(times[-1]) == 0
+    if path.t_min:
+        assert float(times[-2]) == path.t_min
+        times = times[:-1]
+    root = (-path.lam(times) / 7).exp()
+    if not root[0].isfinite():
+        root[0] = math.e  # of lambda -7
+    torch.testing.assert_close(root.diff(), root.diff()[:1].expand(19), rtol=1e-6, atol=0)
+    # One step has no time to spend, and a stretch above t_min is one line.
+    assert karras(path, 1, path.t_max, 0.0).tolist() == [path.t_max, 0.0]
+    root = (-path.lam(karras(path, 10, 0.8, 0.3)) / 7).exp()
+    torch.testing.assert_close(root.diff(), root.diff()[:1].expand(10), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grid", [time_uniform, quadratic, log_snr, karras])
+def test_a_start_below_the_end_is_refused(grid):
+    for start, end in ((0.5 * VP.t_min, 0.0), (VP.t_min, 0.0), (0.2, 0.3)):
+        with pytest.raises(ValueError, match=f"no times fall from t_start={start}"):
+            grid(VP, 5, start, end)
+
+
+@ON_EVERY_PATH
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @settings(deadline=None, max_examples=25)
 @given(steps=st.sampled_from([1, 2, 5, 10, 25, 100]), data=st.data())
 def test_grids_fall_strictly_from_start_to_end(path, grid, steps, data):
-    if (isinstance(path, EDM) and grid in (leading, sections)) or (grid is leading and steps == 1):
+    if grid in TABLES and (isinstance(path, EDM) or steps == 1):
         return
     start = data.draw(st.sampled_from([path.t_max, 0.7, 0.5]) | st.floats(0.3, 1))
     end = data.draw(st.sampled_from([0.0, 0.1]) | st.floats(0, 0.25))
     times = grid(path, steps, start, end)
     assert times.dtype == torch.float64
     assert times.device.type == "cpu"
+    assert len(times) > 1
     assert bool((times.diff() < 0).all())
-    if grid in (trailing, log_snr):
+    if grid not in TABLES:
         assert len(times) == steps + 1
-    assert float(times[-1]) == (max(end, path.t_min) if grid is log_snr else end)
-    if start < 1 or grid in (trailing, log_snr):
+    assert float(times[-1]) == (max(end, path.t_min) if grid in TO_T_MIN else end)
+    if start < 1 or grid not in TABLES:
         assert float(times[0]) == start

@@ -10,14 +10,21 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 import avdiffusion.samplers
 from avdiffusion.diffusion.diffusion import Prediction
+from avdiffusion.diffusion.grid import GRIDS
 from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
 from avdiffusion.media import Media
 from avdiffusion.samplers.ddim import DDIM
 from avdiffusion.samplers.ddpm import DDPM
+from avdiffusion.samplers.euler import Euler, EulerAncestral
+from avdiffusion.samplers.heun import Heun
 from avdiffusion.samplers.sampler import Sampler, last
+from avdiffusion.samplers.sde_dpm_solver import SDEDPMSolver
+from avdiffusion.samplers.unipc import UniPC
 
 PATHS = {
     "linear": DiscreteVP(),
@@ -80,30 +87,77 @@ def double(value):
     return torch.tensor(value, dtype=torch.float64)
 
 
-def stochastic(kind):
+@dataclasses.dataclass
+class Variant:
+    """A sampler with settings, called like its class for the others, and what is asked of it."""
+
+    kind: type
+    settings: dict = dataclasses.field(default_factory=dict)
+    order: int = 1  # of convergence,
+    fine: tuple = (20, 40, 80)  # seen at these steps
+    enough: int = 250  # steps that get mean and variance right
+
+    def __call__(self, **others):
+        return self.kind(**self.settings, **others)
+
+
+def stochastic(variant):
     x, path = normal(64), PATHS["linear"]
-    runs = [last(kind(steps=5)(gaussian(path)[0], x, path, noise=Seeded(k))) for k in (0, 1)]
+    runs = [last(variant(steps=5)(gaussian(path)[0], x, path, noise=Seeded(k))) for k in (0, 1)]
     return not torch.equal(*runs)
 
 
 KINDS = sorted(samplers(), key=lambda kind: kind.__name__)
-STOCHASTIC = [kind for kind in KINDS if stochastic(kind)]
-DETERMINISTIC = [kind for kind in KINDS if kind not in STOCHASTIC]
+CHURN = {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0}
+DEFAULTS = {
+    **{kind.__name__: Variant(kind, order=getattr(kind(), "order", 1)) for kind in KINDS},
+    "Heun": Variant(Heun, order=2),
+    "EulerAncestral": Variant(EulerAncestral, enough=500),
+}
+VARIANTS = {
+    **DEFAULTS,
+    "Heun churn": Variant(Heun, CHURN),
+    "Euler churn": Variant(Euler, CHURN, enough=500),
+    "DDIM eta": Variant(DDIM, {"eta": 0.5}),
+    "SDEDPMSolver 1": Variant(SDEDPMSolver, {"order": 1}),
+    # The corrector has an order more (the first step's is 3), of which a last step of 1 leaves 2.
+    **{
+        f"UniPC {order} {b}": Variant(
+            UniPC, {"order": order, "variant": b, "lower_order_final": False}, *seen
+        )
+        for order, *seen in [(1, 2), (2, 3, (160, 320)), (3, 3, (160, 320))]
+        for b in ("bh1", "bh2")
+    },
+    "UniPC 3 lower": Variant(UniPC, {"order": 3}, 2, (80, 160)),
+}
+STOCHASTIC = {name: variant for name, variant in VARIANTS.items() if stochastic(variant)}
+DETERMINISTIC = {name: VARIANTS[name] for name in VARIANTS if name not in STOCHASTIC}
 ON_EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+
+
+def accepted(sampler, path, t_start=None, t_end=None):
+    """The sampler's times; None where its grid has none for these settings."""
+    try:
+        return sampler.times(path, t_start, t_end)
+    except ValueError:
+        return None
+
+
+def each(variants):
+    return pytest.mark.parametrize("kind", variants.values(), ids=variants)
 
 
 def test_the_folder_is_searched():
     assert {DDIM, DDPM} <= set(KINDS)
-    assert DDPM in STOCHASTIC
-    assert DDIM in DETERMINISTIC
+    assert {"DDPM", "SDEDPMSolver", "EulerAncestral", "Heun churn"} <= STOCHASTIC.keys()
+    assert {"DDIM", "DPMSolver", "UniPC", "Euler", "Heun"} <= DETERMINISTIC.keys()
 
 
 @ON_EVERY_PATH
-@pytest.mark.parametrize("kind", DETERMINISTIC)
+@each(DETERMINISTIC)
 def test_order_of_convergence(kind, path):
-    """Halving the steps divides the error by at least 2^order (order 1 unless the class says)."""
+    """Twice the steps divide the error by at least 2^order."""
     denoise, solution = gaussian(path)
-    order = min(getattr(kind(), "order", 1), 3)
     start, end = 0.9, 0.3
     x = normal(256)
     exact = solution(x, double(start), double(end))
@@ -116,14 +170,14 @@ def test_order_of_convergence(kind, path):
             .abs()
             .max()
         )
-        for n in (20, 40, 80)
+        for n in kind.fine
     ]
     for coarse, fine in pairwise(errors):
-        assert coarse / fine > 2 ** (order - 0.25), errors
+        assert coarse / fine > 2 ** (kind.order - 0.25), errors
 
 
 @ON_EVERY_PATH
-@pytest.mark.parametrize("kind", DETERMINISTIC)
+@each(DETERMINISTIC)
 def test_deterministic_samplers_end_at_the_data(kind, path):
     denoise, solution = gaussian(path)
     x = path.sigma(double(path.t_max)) * normal(512)
@@ -133,17 +187,17 @@ def test_deterministic_samplers_end_at_the_data(kind, path):
 
 
 @ON_EVERY_PATH
-@pytest.mark.parametrize("kind", STOCHASTIC)
+@each(STOCHASTIC)
 def test_stochastic_samplers_have_the_right_mean_and_variance(kind, path):
     denoise, _ = gaussian(path)
     x = path.sigma(double(path.t_max)) * normal(8000)
-    found = last(kind(steps=250)(denoise, x, path, noise=Seeded()))
+    found = last(kind(steps=kind.enough)(denoise, x, path, noise=Seeded()))
     assert abs(float(found.mean()) - MEAN) < 0.02
     assert abs(float(found.std()) / SPREAD - 1) < 0.04
 
 
 @ON_EVERY_PATH
-@pytest.mark.parametrize("kind", KINDS)
+@each(VARIANTS)
 def test_media_equals_its_parts_bit_for_bit(kind, path):
     denoise, _ = gaussian(path)
     x = Media(
@@ -160,8 +214,20 @@ def test_media_equals_its_parts_bit_for_bit(kind, path):
             assert torch.equal(state[name], part)
 
 
+@each(VARIANTS)
+def test_no_value_of_a_sample_decides_anything(kind):
+    """There are none on the meta device. On an accelerator each would cost a wait for it."""
+
+    class Nothing:
+        like = staticmethod(torch.empty_like)
+
+    x, path = torch.empty(2, 3, device="meta"), PATHS["flow"]
+    found = last(kind(steps=6)(gaussian(path)[0], x, path, noise=Nothing()))
+    assert found.device.type == "meta"
+
+
 @ON_EVERY_PATH
-@pytest.mark.parametrize("kind", KINDS)
+@each(DEFAULTS)
 def test_parts_of_the_way_make_the_whole(kind, path):
     """From t_start to t_end, starting where asked: t = 0.6 in two stretches."""
     seen = []
@@ -179,8 +245,100 @@ def test_parts_of_the_way_make_the_whole(kind, path):
     assert min(seen) >= 0.6
     again = last(kind(steps=60)(denoise, half, path, noise=Seeded(1), t_start=0.6, t_end=0.3))
     wanted = solution(x, double(0.9), double(0.3))
-    if kind in DETERMINISTIC:
+    if kind in DETERMINISTIC.values():
         assert float((again - wanted).abs().max()) < 0.02 * float(wanted.abs().max())
+
+
+@ON_EVERY_PATH
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shift_moves_the_times_between_the_ends(grid, path):
+    for ends in ((None, None), (0.9, 0.2)):
+        plain, moved, back = (
+            accepted(DDIM(steps=8, grid=grid, shift=shift), path, *ends)
+            for shift in (1, 3.0, 1 / 3)
+        )
+        if plain is None:
+            return
+        assert float(moved[0]) == float(plain[0]) == (ends[0] or plain[0])
+        assert float(moved[-1]) == float(plain[-1])
+        for times in (moved, back):
+            assert times.dtype == torch.float64
+            assert bool((times.diff() < 0).all())
+        assert bool((moved[1:-1] > plain[1:-1]).all())
+        assert bool((back[1:-1] < plain[1:-1]).all())
+
+
+def test_shift_on_the_whole_way_is_the_published_one():
+    t = torch.linspace(1, 0, 11, dtype=torch.float64)
+    for shift in (0.5, 2.0, 3.0):
+        found = DDIM(steps=10, shift=shift).times(PATHS["flow"])
+        torch.testing.assert_close(found, shift * t / (1 + (shift - 1) * t), rtol=0, atol=1e-15)
+
+
+@each(VARIANTS)
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_any_settings_keep_samples_finite_and_their_shape(kind, data):
+    path = PATHS[data.draw(st.sampled_from(sorted(PATHS)))]
+    sampler = kind(
+        steps=data.draw(st.integers(1, 12)),
+        grid=data.draw(st.sampled_from(sorted(GRIDS))),
+        shift=data.draw(st.sampled_from([1.0, 3.0]) | st.floats(0.2, 5.0)),
+    )
+    ends = data.draw(st.none() | st.floats(0.5, 1)), data.draw(st.none() | st.floats(0, 0.4))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    assume(accepted(sampler, path, *ends) is not None)
+    x = Media(a=normal(3, 4, dtype=dtype), b=normal(3, 2, 2, dtype=dtype))
+    x = x if data.draw(st.booleans()) else x["a"]
+    t_start, t_end = ends
+    states = list(sampler(gaussian(path)[0], x, path, noise=Seeded(), t_start=t_start, t_end=t_end))
+    assert states
+    for state in states:
+        assert type(state) is type(x)
+        pairs = zip(state.values(), x.values(), strict=True) if type(x) is Media else [(state, x)]
+        for found, start in pairs:
+            assert found.shape == start.shape
+            assert found.dtype == dtype
+            assert bool(found.isfinite().all())
+
+
+def test_the_middle_of_the_step_brings_the_variance_closer():
+    """At the default number of steps, where DDPM's loses much."""
+    path = PATHS["linear"]
+    x = normal(8000)
+    off = [
+        abs(float(last(s(gaussian(path)[0], x, path, noise=Seeded())).std()) / SPREAD - 1)
+        for s in (SDEDPMSolver(order=1), SDEDPMSolver(order=2))
+    ]
+    assert off[1] < off[0] / 4
+
+
+def test_unipc_takes_steps_without_an_end_in_lambda_as_ddim_does():
+    """From no data and to no noise; what it saw at the first is no point of the next ones."""
+    path, x = PATHS["flow"], normal(50)
+    denoise = gaussian(path)[0]
+    for order in (1, 2, 3):
+        sampler = UniPC(order=order, lower_order_final=False)
+        first, last_ = list(sampler.solve(denoise, x, path, double([1.0, 0.5, 0.0]), None))
+        assert torch.equal(first, next(DDIM().solve(denoise, x, path, double([1.0, 0.5]), None)))
+        assert torch.equal(last_, denoise(first, double(0.5)).x0)
+        ours = list(sampler.solve(denoise, x, path, double([1.0, 0.5, 0.4, 0.3]), None))
+        rest = list(sampler.solve(denoise, ours[0], path, double([0.5, 0.4, 0.3]), None))
+        for a, b in zip(ours[1:], rest, strict=True):
+            assert torch.equal(a, b)
+
+
+@each({name: VARIANTS[name] for name in VARIANTS if "UniPC" in name or "SDE" in name})
+def test_multistep_solvers_evaluate_once_a_step(kind):
+    path, count = PATHS["cosine"], 0
+
+    def denoise(x, t):
+        nonlocal count
+        count += 1
+        return gaussian(path)[0](x, t)
+
+    assert len(list(kind(steps=9)(denoise, normal(5), path, noise=Seeded()))) == 9
+    assert count == 9
 
 
 @ON_EVERY_PATH
@@ -255,6 +413,14 @@ def test_wrong_settings_are_named():
     for eta in (-0.1, 1.1):
         with pytest.raises(ValueError, match="eta="):
             DDIM(eta=eta)
+    for shift in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"shift={shift} is not above 0"):
+            DDIM(shift=shift)
+    for kind, order in ((UniPC, 4), (UniPC, 0), (SDEDPMSolver, 3)):
+        with pytest.raises(ValueError, match=f"order={order} is not"):
+            kind(order=order)
+    with pytest.raises(ValueError, match="variant='bh3' is not one of bh1, bh2"):
+        UniPC(variant="bh3")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -61,6 +61,24 @@ def test_strip_of_silence_and_of_one_frame():
     strip(clip()[0][:, :1], np.zeros((1, 800), np.float32), fps=FPS, sample_rate=RATE)
 
 
+def test_strip_of_a_long_clip_shows_every_click():
+    """A second has 17 columns here: no click falls between two of them."""
+    audio = np.zeros((1, 60 * RATE), np.float32)
+    clicks = np.arange(0.73, 60, 1.37)
+    for time in clicks:
+        at = int(time * RATE)
+        audio[0, at : at + 80] = 0.5 * np.sin(2 * np.pi * 1500 * np.arange(80) / RATE)
+    video = clip(60)[0]
+    picture = np.asarray(strip(video, audio, fps=FPS, sample_rate=RATE)).astype(int)
+    assert picture.shape[1] == 1024
+    bright = picture[140:220].max((0, 2))
+    for time in clicks:
+        column = int(time / 60 * 1024)
+        assert bright[column - 1 : column + 2].max() > 150
+    assert np.median(bright) < 60
+    contact_sheet([strip(video, audio, fps=FPS, sample_rate=RATE), strip(*clip(), fps=FPS)])
+
+
 def test_contact_sheet_shows_every_strip():
     one = strip(*clip(), fps=FPS, sample_rate=RATE)
     assert contact_sheet([one] * 3, ["a", "b", "c"]).height > 3 * one.height

@@ -311,7 +311,7 @@ def test_wav_gif_and_png(tmp_path):
     with wave.open(str(tmp_path / "clip.wav")) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (2, 2, 8000)
         samples = np.frombuffer(file.readframes(3), "<i2").reshape(3, 2)
-    assert samples.tolist() == [[0, 32767], [16384, -32767], [-32767, 0]]
+    assert samples.tolist() == [[0, 32767], [16384, -32768], [-32768, 0]]
 
     video = np.arange(3 * 15 * 8 * 6, dtype=np.uint16).astype(np.uint8).reshape(3, 15, 8, 6)
     io.write_gif(tmp_path / "clip.gif", video, fps=15)
@@ -324,6 +324,31 @@ def test_wav_gif_and_png(tmp_path):
     strip = np.asarray(Image.open(tmp_path / "clip.png"))
     assert strip.shape == (8, 15 * 6, 3)
     assert (strip[:, 12:18] == video[:, 2].transpose(1, 2, 0)).all()
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_what_was_read_is_written_as_it_was(tmp_path, channels):
+    """Every 16-bit level goes through reading and writing unchanged."""
+    levels = np.arange(-32768, 32768, dtype=np.int32).reshape(1, -1).repeat(channels, 0)
+    path = io.write_wav(tmp_path / "a.wav", levels / 32768, sample_rate=16000)
+    request = {"sample_rate": 16000, "samples": 65536, "modalities": ["audio"]}
+    sound = io.read_window(path, 0.0, **request)["audio"]
+    assert (sound * 32768 == levels).all()
+    again = io.write_wav(tmp_path / "b.wav", sound, sample_rate=16000)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_window_may_begin_between_frames(tmp_path):
+    """Unsnapped, a window is a part of any longer one."""
+    path = make_media(tmp_path / "clip.mp4", fps=24, seconds=2).path
+    request = {"fps": 10, "modalities": ["video"], "snap": False}
+    long = io.read_window(path, 0.02, frames=15, **request)
+    for k in (3, 8):
+        part = io.read_window(path, 0.02 + k / 10, frames=5, **request)
+        assert part["start"] == 0.02 + k / 10
+        assert (part["video"] == long["video"][:, k : k + 5]).all()
+    snapped = io.read_window(path, 0.32, fps=10, frames=5, modalities=["video"])
+    assert snapped["start"] == pytest.approx(8 / 24)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):

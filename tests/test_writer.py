@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from media_files import make_media
 from PIL import Image
 
-from avdiffusion.writer import ClipWriter, pixels
+from avdiffusion import io
+from avdiffusion.writer import ClipWriter, Kept, pixels
 
 av = pytest.importorskip("av")
 RATES = {"video": 10.0, "audio": 8000.0}
@@ -142,6 +144,79 @@ def test_a_modality_may_be_missing(tmp_path):
         ClipWriter(tmp_path / "n", rates=rates, settings={}, save=["mp4"])
     with pytest.raises(ValueError, match="avi"):
         ClipWriter(tmp_path / "n", rates=RATES, settings={}, save=["avi"])
+
+
+def packets(path, kind):
+    with av.open(str(path)) as file:
+        stream = file.streams.best(kind)
+        return [bytes(packet) for packet in file.demux(stream) if packet.size]
+
+
+def record(folder):
+    return json.loads((folder / "samples.json").read_text())["samples"]
+
+
+def test_a_kept_picture_is_the_files_own(tmp_path):
+    source = make_media(tmp_path / "clip.mp4", fps=25, seconds=0.8, size=(48, 96)).path
+    kept = Kept(source, 0.0, 0.8, {"video": [(0.0, 0.8)]}, ("video",))
+    w = writer(tmp_path / "out", save=("mp4", "webm", "wav", "png"))
+    w.add([0, 1], media(), [kept, None])
+    w.finish()
+    assert packets(tmp_path / "out" / "000000.mp4", "video") == packets(source, "video")
+    sizes = {}
+    for name in ("000000.mp4", "000000.webm", "000001.mp4"):
+        info = io.probe(tmp_path / "out" / name)
+        sizes[name] = (info.height, info.width, info.fps)
+        assert info.audio_end == pytest.approx(0.8, abs=0.01)
+    assert sizes["000000.mp4"] == (48, 96, 25)
+    for name in ("000000.webm", "000001.mp4"):
+        assert sizes[name] == (16, 16, 10)
+    with av.open(tmp_path / "out" / "000000.wav") as file:
+        assert file.streams.audio[0].codec_context.sample_rate == 8000
+    first, second = record(tmp_path / "out")
+    known = {"video": [[0.0, 0.8]]}
+    assert first["given"] == {"file": str(source), "known": known, "kept": {"video": "copied"}}
+    assert "given" not in second
+
+
+def test_a_kept_sound_is_the_files_own(tmp_path):
+    levels = np.random.default_rng(0).integers(-20000, 20000, (2, 66150))
+    source = io.write_wav(tmp_path / "a.wav", levels / 32768, sample_rate=44100)
+    kept = Kept(source, 0.5, 0.8, {"audio": [(0.0, 0.8)]}, ("audio",))
+    w = writer(tmp_path / "out")
+    w.add([0], media(1), [kept])
+    info = io.probe(tmp_path / "out" / "000000.mp4")
+    assert (info.height, info.fps, info.sample_rate, info.channels) == (16, 10, 44100, 2)
+    assert info.video_end == info.audio_end == pytest.approx(0.8, abs=1e-3)
+    with av.open(tmp_path / "out" / "000000.wav") as file:
+        sound = np.concatenate([f.to_ndarray() for f in file.decode(audio=0)], 1)
+    assert sound.reshape(-1, 2).T.tolist() == levels[:, 22050 : 22050 + 35280].tolist()
+    assert record(tmp_path / "out")[0]["given"]["kept"] == {"audio": "encoded"}
+
+
+def test_a_part_that_was_given_is_recorded_and_stays_recorded(tmp_path):
+    source = make_media(tmp_path / "clip.mp4", seconds=0.8).path
+    kept = Kept(source, 0.0, 0.8, {"audio": [(0.0, 0.4)]})
+    writer(tmp_path / "out").add([3], media(1), [kept])
+    assert io.probe(tmp_path / "out" / "000003.mp4").sample_rate == 8000
+    row = record(tmp_path / "out")[0]
+    assert row["given"] == {"file": str(source), "known": {"audio": [[0.0, 0.4]]}}
+    again = writer(tmp_path / "out")
+    assert again.missing([3]) == []
+    again.finish()
+    assert record(tmp_path / "out") == [row]
+
+
+def test_clips_of_different_lengths_share_a_folder(tmp_path):
+    w = writer(tmp_path)
+    for index, frames in enumerate((8, 30, 200)):
+        video, audio = torch.zeros(3, frames, 16, 16), torch.zeros(1, frames * 800)
+        w.add([index], {"video": [video], "audio": [audio]})
+    page = w.finish().read_text()
+    assert page.count("data:video/mp4") == 3
+    ends = [io.probe(tmp_path / f"00000{i}.mp4").audio_end for i in range(3)]
+    assert ends == pytest.approx([0.8, 3, 20], abs=1e-3)
+    assert Image.open(tmp_path / "contact.png").height > 3 * 150
 
 
 KILLED = """

@@ -6,11 +6,10 @@ video uint8 [3, T, H, W], audio float32 [C, L] in [-1, 1], times in seconds on t
 import os
 import tempfile
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from math import ceil, floor, gcd, inf
 from pathlib import Path
@@ -18,7 +17,10 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
+X264 = {"crf": "16", "bf": "0"}
+YUV = {"format": "yuv420p", "dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)
+LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # of AAC, by count
 EDGE = 0.05  # s; sound, coded in blocks, may end this much before the picture: silence is added
 GAP = 0.02  # s; a larger jump of the sound's timestamps is a hole, a smaller one is jitter
 PREROLL = 0.2  # s of sound decoded before a window: overlapping blocks and bit reservoirs
@@ -75,10 +77,10 @@ def probe(path: str | Path) -> ClipInfo:
     Ends are the header's where it has them (decoded AAC is padded), else the last packets'.
     """
     facts, there = {"missing": {}}, []
-    with _open(path) as file:
+    with opened(path) as file:
         for kind, what in (("video", "picture"), ("audio", "sound")):
-            stream = _stream(file, kind)
-            found = next(_decoded(file, stream), None) if stream else None
+            stream = stream_of(file, kind)
+            found = next(decoded(file, stream), None) if stream else None
             if found is None:
                 facts["missing"][kind] = f"{what} stream is empty" if stream else f"no {what}"
                 continue
@@ -100,10 +102,10 @@ def probe(path: str | Path) -> ClipInfo:
 
 def audible(path: str | Path) -> bool:
     """Whether any sample is above -80 dB of full scale; stops at the first, so silence is slow."""
-    with _open(path) as file:
-        audio = _stream(file, "audio")
+    with opened(path) as file:
+        audio = stream_of(file, "audio")
         return audio is not None and any(
-            np.abs(_samples(frame)).max(initial=0) > AUDIBLE for _, frame in _decoded(file, audio)
+            np.abs(_samples(frame)).max(initial=0) > AUDIBLE for _, frame in decoded(file, audio)
         )
 
 
@@ -119,24 +121,25 @@ def read_window(
     samples: int | None = None,
     channels: int | None = None,
     modalities: Sequence[str] = ("video", "audio"),
+    snap: bool = True,
 ) -> dict:
     """`frames` pictures and `samples` of sound from one start time, found by seeking.
 
     With a picture the start moves to the nearest source frame if that is within half a frame of
-    `fps`; picture k is the source frame nearest to start + k / fps. `size` None keeps the
-    source's, `fit` is crop or letterbox. `channels` 1 is the mean of all, 2 the first two (mono
-    twice), None what is there. Returns `video`, `audio` and the `start` used.
+    `fps`, unless not to `snap`; picture k is the source frame nearest to start + k / fps. `size`
+    None keeps the source's, `fit` is crop or letterbox. `channels` 1 is the mean of all, 2 the
+    first two (mono twice), None what is there. Returns `video`, `audio` and the `start` used.
     """
     window = {"start": float(start)}
-    with _open(path) as file:
+    with opened(path) as file:
         if "video" in modalities:
-            stream = _stream(file, "video")
+            stream = stream_of(file, "video")
             if stream is None:
                 raise MediaError("no picture")
-            origin, pictures = _picture(file, stream, start, fps, frames, size, fit)
+            origin, pictures = _picture(file, stream, start, fps, frames, size, fit, snap)
             window |= {"start": origin, "video": pictures}
         if "audio" in modalities:
-            stream = _stream(file, "audio")
+            stream = stream_of(file, "audio")
             if stream is None:
                 raise MediaError("no sound")
             slack = EDGE + (0.5 / fps if "video" in modalities else 0)
@@ -178,13 +181,13 @@ def read_clip(
     return clip | dict(rates[m] for m in modalities)
 
 
-def _picture(file, stream, start, fps, frames, size, fit):
+def _picture(file, stream, start, fps, frames, size, fit, snap):
     """The start used and uint8 [3, frames, H, W]."""
     scaled = _Scaler(stream, size, fit)
     origin, before, pixels, shown, pictures = None, None, None, None, []
-    for now in _decoded(file, stream, start):
+    for now in decoded(file, stream, start):
         if origin is None and now[0] >= start:
-            origin = _snapped(start, [f[0] for f in (before, now) if f], fps)
+            origin = _snapped(start, [f[0] for f in (before, now) if f], fps) if snap else start
             if before is None and now[0] > origin + 0.5 / fps:
                 raise MediaError(f"picture begins at {now[0]:.2f} s, the window at {start:.2f} s")
         while origin is not None and len(pictures) < frames:
@@ -202,7 +205,8 @@ def _picture(file, stream, start, fps, frames, size, fit):
         if before is None:
             raise MediaError("no picture can be decoded")
         time, frame = before
-        origin = _snapped(start, [time], fps) if origin is None else origin
+        if origin is None:
+            origin = _snapped(start, [time], fps) if snap else start
         held = float(frame.duration * frame.time_base) if frame.duration else 0
         end = time + max(held, 1 / float(stream.average_rate or fps))
         if origin + (frames - 1) / fps > end + 0.5 / fps:
@@ -235,7 +239,7 @@ class _Scaler:
         turns = round(frame.rotation / 90) % 4
         height, width = scaled[::-1] if turns % 2 else scaled
         picture = self.reformat(
-            frame, width, height, "rgb24", interpolation=_exact_bicubic(), threads=1
+            frame, width, height, "rgb24", interpolation=exact_bicubic(), threads=1
         ).to_ndarray()
         picture = np.rot90(picture, turns)
         top, left = abs(scaled[0] - size[0]) // 2, abs(scaled[1] - size[1]) // 2
@@ -246,7 +250,7 @@ class _Scaler:
         return framed
 
 
-def _exact_bicubic():
+def exact_bicubic():
     """Without its exact variants swscale is two levels too dark."""
     from av.video.reformatter import Interpolation as Flag
 
@@ -266,7 +270,7 @@ def _sound(file, stream, start, sample_rate, samples, channels, slack):
     """
     blocks = []
     seconds = samples / sample_rate
-    for time, frame in _decoded(file, stream, start - PREROLL):
+    for time, frame in decoded(file, stream, start - PREROLL):
         rate = frame.sample_rate
         if time + frame.samples / rate < start - PREROLL:
             continue
@@ -344,7 +348,7 @@ def _resampled(sound, rate, sample_rate):
 
 
 @contextmanager
-def _open(path) -> Iterator:
+def opened(path) -> Iterator:
     """The opened file; whatever FFmpeg says against it becomes a MediaError that names it."""
     import av
 
@@ -361,7 +365,7 @@ def _open(path) -> Iterator:
         raise
 
 
-def _stream(file, kind):
+def stream_of(file, kind):
     """The stream a player would choose; cover art is no video."""
     from av.stream import Disposition
 
@@ -374,7 +378,7 @@ def _stream(file, kind):
     return stream
 
 
-def _decoded(file, stream, start=-inf):
+def decoded(file, stream, start=-inf):
     """(time, frame) in order, the first at or before `start`, or the very first.
 
     Some containers seek too late and some not at all: then further back, and at last from the top.
@@ -394,7 +398,7 @@ def _decoded(file, stream, start=-inf):
             yield first
             yield from frames
             return
-    with _open(file.name) as again:
+    with opened(file.name) as again:
         yield from _onwards(again, again.streams[stream.index])
 
 
@@ -426,7 +430,7 @@ def _ends(file, streams):
     if "matroska" not in kinds:  # its duration is the time of its end
         file_end += (file.start_time or 0) / av.time_base
     for tail in (2, inf):
-        with _open(file.name) as again:
+        with opened(file.name) as again:
             if tail < file_end:
                 again.seek(int((file_end - tail) * av.time_base))
             for packet in again.demux([again.streams[s.index] for s in streams]):
@@ -465,7 +469,7 @@ def write_mp4(
 
     Odd heights and widths are refused: yuv420p has half as many colour samples.
     """
-    codecs = ("libx264", {"crf": "16", "bf": "0"}), ("aac", AAC_RATES)
+    codecs = ("libx264", X264), ("aac", AAC_RATES)
     return _write(path, video, audio, fps, sample_rate, "mp4", codecs)
 
 
@@ -497,9 +501,9 @@ def mp4_bytes(
 
 
 def write_wav(path: str | Path, audio: np.ndarray, *, sample_rate: int) -> Path:
-    """16-bit PCM, rounded and clipped to [-1, 1]."""
-    audio = _checked_audio(audio)
-    with _replacing(path) as part, wave.open(str(part), "wb") as file:
+    """16-bit PCM of up to 8 channels, rounded and clipped to [-1, 1]."""
+    audio = _checked_audio(audio, 8)
+    with replacing(path) as part, wave.open(str(part), "wb") as file:
         file.setnchannels(audio.shape[0])
         file.setsampwidth(2)
         file.setframerate(sample_rate)
@@ -514,7 +518,7 @@ def write_gif(path: str | Path, video: np.ndarray, *, fps: float | Fraction) -> 
     frames = [Image.fromarray(frame) for frame in _frames(video)]
     ticks = [round(100 * k / _rate(fps)) for k in range(len(frames) + 1)]
     delays = [10 * (b - a) for a, b in pairwise(ticks)]
-    with _replacing(path) as part:
+    with replacing(path) as part:
         first, *rest = frames
         first.save(part, "GIF", save_all=True, append_images=rest, duration=delays, loop=0)
     return Path(path)
@@ -525,67 +529,97 @@ def write_png(path: str | Path, video: np.ndarray) -> Path:
     from PIL import Image
 
     strip = rearrange(_frames(video), "t h w c -> h (t w) c")
-    with _replacing(path) as part:
+    with replacing(path) as part:
         Image.fromarray(strip).save(part, "PNG")
     return Path(path)
 
 
 def _write(path, video, audio, fps, sample_rate, container, codecs):
-    import av
-    from av.video.reformatter import VideoReformatter
-
-    (video_codec, video_options), (audio_codec, rates) = codecs
-    frames, rate = _frames(video), _rate(fps)
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"height and width must be even for yuv420p video, got {height}x{width}")
-    if audio is not None:
-        if not sample_rate:
-            raise ValueError("audio needs its sample_rate")
-        audio = _checked_audio(audio)[:, : round(sample_rate * len(frames) / rate)]
-        missing = round(sample_rate * len(frames) / rate) - audio.shape[1]
-        audio = np.pad(audio, ((0, 0), (0, missing)))
-
-    flags = {"movflags": "+faststart"} if container == "mp4" else {}
-    with _replacing(path) as part, av.open(str(part), "w", format=container, options=flags) as out:
-        picture = out.add_stream(video_codec, rate=rate, options=video_options)
-        picture.width, picture.height, picture.pix_fmt = width, height, "yuv420p"
-        picture.time_base = picture.codec_context.time_base = 1 / rate
-        picture.codec_context.colorspace = picture.codec_context.color_primaries = 1  # BT.709
-        picture.codec_context.color_trc, picture.codec_context.color_range = 1, 1
+    (video_codec, options), (audio_codec, rates) = codecs
+    seconds = _frames(video).shape[0] / _rate(fps)
+    with new_container(path, container) as out:
+        parts = [picture_in(out, video, fps, video_codec, options)]
         if audio is not None:
-            layout = "mono" if audio.shape[0] == 1 else "stereo"
-            coded_rate = min((r for r in rates if r >= sample_rate), default=rates[-1])
-            sound = out.add_stream(audio_codec, rate=coded_rate, layout=layout)
-            sound.bit_rate = min(128_000, 4 * coded_rate) * audio.shape[0]
-
-        convert = partial(
-            VideoReformatter().reformat,
-            format="yuv420p",
-            dst_colorspace="ITU709",
-            dst_color_range="MPEG",
-            interpolation=_exact_bicubic(),
-            threads=1,
-        )
-        for k, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = convert(frame)
-            frame.pts, frame.time_base = k, 1 / rate
-            out.mux(picture.encode(frame))
-        out.mux(picture.encode(None))
-        if audio is not None:
-            block = np.ascontiguousarray(audio)
-            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
-            frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-            resample = av.AudioResampler(sound.codec_context.format, layout, coded_rate).resample
-            for piece in resample(frame) + resample(None):
-                out.mux(sound.encode(piece))
-            out.mux(sound.encode(None))
+            parts.append(sound_in(out, audio, sample_rate, seconds, audio_codec, rates))
+        for send in parts:
+            send()
     return Path(path)
 
 
 @contextmanager
-def _replacing(path) -> Iterator[Path]:
+def new_container(path: str | Path, container: str) -> Iterator:
+    """An output that takes the place of `path` once it is complete; streams lie interleaved."""
+    import av
+
+    options = {"max_interleave_delta": "0"}
+    if container == "mp4":
+        options["movflags"] = "+faststart"
+    with replacing(path) as part, av.open(str(part), "w", container, options=options) as out:
+        yield out
+
+
+def picture_in(out, video, fps, codec="libx264", options=X264) -> Callable[[], None]:
+    """Adds a stream of uint8 [3, T, H, W]; what is returned sends it, after all are added."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    frames, rate = _frames(video), _rate(fps)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"height and width must be even for yuv420p video, got {height}x{width}")
+    stream = out.add_stream(codec, rate=rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    stream.time_base = stream.codec_context.time_base = 1 / rate
+    stream.codec_context.colorspace = stream.codec_context.color_primaries = 1  # BT.709
+    stream.codec_context.color_trc, stream.codec_context.color_range = 1, 1
+    convert = VideoReformatter().reformat
+
+    def send():
+        for k, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame = convert(frame, interpolation=exact_bicubic(), threads=1, **YUV)
+            frame.pts, frame.time_base = k, 1 / rate
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+
+    return send
+
+
+def sound_in(
+    out, audio, sample_rate, seconds, codec="aac", rates=AAC_RATES, layout=None, most=128_000
+) -> Callable[[], None]:
+    """Adds a stream of float [C, L], cut or filled with silence; what is returned sends it.
+
+    `most`: bits a second for each channel.
+    """
+    import av
+
+    if not sample_rate:
+        raise ValueError("audio needs its sample_rate")
+    audio = _checked_audio(audio, 8 if layout else 2)[:, : round(sample_rate * seconds)]
+    audio = np.pad(audio, ((0, 0), (0, round(sample_rate * seconds) - audio.shape[1])))
+    layout = layout or LAYOUTS[audio.shape[0] - 1]
+    coded = layout.split("(")[0]
+    coded = coded if coded in LAYOUTS else "stereo"
+    coded_rate = min((r for r in rates if r >= sample_rate), default=rates[-1])
+    stream = out.add_stream(codec, rate=coded_rate, layout=coded)
+    stream.bit_rate = min(most, 4 * coded_rate) * audio.shape[0]
+
+    def send():
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(audio), format="fltp", layout=layout
+        )
+        frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
+        resample = av.AudioResampler(stream.codec_context.format, coded, coded_rate).resample
+        for piece in resample(frame) + resample(None):
+            out.mux(stream.encode(piece))
+        out.mux(stream.encode(None))
+
+    return send
+
+
+@contextmanager
+def replacing(path) -> Iterator[Path]:
     """A name beside `path` that takes its place if the block succeeds and vanishes if it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -605,15 +639,16 @@ def _frames(video):
     return rearrange(video, "c t h w -> t h w c")
 
 
-def _checked_audio(audio):
+def _checked_audio(audio, most=2):
     audio = np.asarray(audio, np.float32)
-    if audio.ndim != 2 or audio.shape[0] not in (1, 2):
-        raise ValueError(f"audio must be float [1 or 2, L], got {audio.shape}")
+    if audio.ndim != 2 or not 1 <= audio.shape[0] <= most:
+        raise ValueError(f"audio must be float [1 to {most}, L], got {audio.shape}")
     return np.clip(audio, -1, 1)
 
 
 def _pcm16(audio):
-    return np.round(audio * 32767).astype("<i2")
+    """As `_samples` reads it: what was read from 16-bit PCM is written as it was."""
+    return np.clip(np.round(audio * 32768), -32768, 32767).astype("<i2")
 
 
 def _rate(fps):

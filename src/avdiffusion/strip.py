@@ -111,12 +111,17 @@ def _wave(audio, width):
 
 
 def _spectrogram(audio, sample_rate, width):
-    """Power of 32 ms Hann windows around each pixel column, mel-spaced rows, in dB."""
+    """Power of 32 ms Hann windows around each pixel column, mel-spaced rows, in dB.
+
+    Where a column lasts longer than its window has weight, the loudest of several fills it.
+    """
     size = 2 ** round(np.log2(0.032 * sample_rate))
-    centre = (np.arange(width) + 0.5) / width * audio.shape[1]
+    several = max(1, -(-audio.shape[1] // (width * size // 2)))
+    centre = (np.arange(width * several) + 0.5) / (width * several) * audio.shape[1]
     wave = np.pad(audio.mean(0), (size // 2, size))
     window = wave[centre.astype(int)[:, None] + np.arange(size)] * np.hanning(size)
-    power = np.abs(np.fft.rfft(window)) ** 2  # [width, size / 2 + 1]
+    power = np.abs(np.fft.rfft(window)) ** 2
+    power = rearrange(power, "(w n) f -> w n f", n=several).max(1)  # [width, size / 2 + 1]
 
     top = 2595 * np.log10(1 + 0.5 * sample_rate / 700)
     row = 700 * (10 ** (np.linspace(top, 0, SPECTRUM) / 2595) - 1) * size / sample_rate

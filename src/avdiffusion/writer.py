@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
@@ -13,11 +14,26 @@ from torch import Tensor
 
 from avdiffusion import io
 from avdiffusion.gallery import Entry, gallery_html
+from avdiffusion.mux import sound_of, write_with
 from avdiffusion.strip import contact_sheet, strip
 
 NEEDS = {"mp4": ["video"], "webm": ["video"], "gif": ["video"], "wav": ["audio"], "png": []}
 SHEET = 64  # strips on a contact sheet at most
 CLIP = re.compile(r"\d{6,}\.(mp4|webm|gif|wav|png)|contact\.png|gallery\.html|samples\.json")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was given of a sample: a file, where in it the sample begins and lasts, in seconds.
+
+    `known`: modality to ranges of the sample, `whole`: the modalities that nothing was added to.
+    """
+
+    path: Path
+    start: float
+    seconds: float
+    known: Mapping[str, Sequence] = field(default_factory=dict)
+    whole: Sequence[str] = ()
 
 
 class ClipWriter:
@@ -28,6 +44,9 @@ class ClipWriter:
     folder that holds samples of other settings is refused unless `overwrite`, which empties it.
     `info` is shown beside it and may differ. `rates`: {"video": frames a second, "audio": Hz};
     formats of a modality that has no rate are left out.
+
+    Of a sample with a modality that was given whole, the mp4 has the file's own picture (in its
+    size and frame rate) or sound, and the wav its sound; other formats are as the model saw it.
     """
 
     def __init__(
@@ -69,14 +88,20 @@ class ClipWriter:
         """Those of `indices` of which a requested file is not there yet."""
         return [i for i in indices if not all(self.file(i, f).is_file() for f in self.save)]
 
-    def add(self, indices: Sequence[int], media: Mapping[str, Tensor]) -> None:
+    def add(
+        self,
+        indices: Sequence[int],
+        media: Mapping[str, Tensor],
+        kept: Sequence[Kept | None] | None = None,
+    ) -> None:
         """Writes a batch: video [B, 3, T, H, W], audio [B, C, L], both in [-1, 1].
 
-        Values outside are clipped and their share is recorded.
+        Values outside are clipped and their share is recorded. `kept`: what was given of each.
         """
         self.scores = {}  # of fewer samples
         for k, index in enumerate(indices):
-            self._write(index, {name: value[k] for name, value in media.items()})
+            clip = {name: value[k] for name, value in media.items()}
+            self._write(index, clip, kept[k] if kept else None)
         self._record()
 
     def finish(
@@ -104,17 +129,25 @@ class ClipWriter:
             Entry(f"{i:06d}", seed, self._player(i), self._strip(i)) for i in sorted(self.samples)
         ]
 
-    def _write(self, index, media):
+    def _write(self, index, media, kept):
         outside = {name: ~(value.abs() <= 1) for name, value in media.items()}  # NaN too
         clipped = {name: round(float(mask.float().mean()), 6) for name, mask in outside.items()}
         video = pixels(media["video"]) if "video" in media else None
         audio = sound(media["audio"]) if "audio" in media else None
         fps, sample_rate = self.rates.get("video"), self.rates.get("audio")
+        row = {"clipped": clipped}
+        if kept:
+            row["given"] = {"file": str(kept.path), "known": dict(kept.known)}
         for kind in self.save:
             path = self.file(index, kind)
-            if kind in ("mp4", "webm"):
+            if kind == "mp4" and kept and kept.whole:
+                row["given"]["kept"] = self._write_kept(path, kept, video, audio)
+            elif kind in ("mp4", "webm"):
                 write = io.write_mp4 if kind == "mp4" else io.write_webm
                 write(path, video, audio, fps=fps, sample_rate=sample_rate)
+            elif kind == "wav" and kept and "audio" in kept.whole:
+                own, rate = sound_of(kept.path, kept.start, kept.seconds)
+                io.write_wav(path, own, sample_rate=rate)
             elif kind == "wav":
                 io.write_wav(path, audio, sample_rate=sample_rate)
             elif kind == "gif":
@@ -124,7 +157,16 @@ class ClipWriter:
             write_whole(self.file(index, "png"), picture)
         elif len(self.strips) < SHEET:
             self.strips[index] = picture
-        self.samples[index] = {"files": self._files(index), "clipped": clipped}
+        self.samples[index] = {"files": self._files(index), **row}
+
+    def _write_kept(self, path, kept, video, audio):
+        """The mp4 with the file's own stream; says whether that was copied or encoded."""
+        if "video" in kept.whole:
+            keep, new = "video", {"audio": audio, "sample_rate": self.rates.get("audio")}
+        else:
+            keep, new = "audio", {"video": video, "fps": self.rates["video"]}
+        how = write_with(path, kept.path, keep, start=kept.start, seconds=kept.seconds, **new)
+        return {keep: how}
 
     def _continue(self):
         """Takes over what an earlier run wrote here, if its settings were the same."""
@@ -145,8 +187,8 @@ class ClipWriter:
         known = {sample["index"]: sample for sample in before.get("samples", [])}
         complete = {int(f.stem) for f in found} - set(self.missing({int(f.stem) for f in found}))
         for index in complete:
-            clipped = known.get(index, {}).get("clipped", {})
-            self.samples[index] = {"files": self._files(index), "clipped": clipped}
+            row = {"clipped": {}, **known.get(index, {}), "files": self._files(index)}
+            self.samples[index] = {k: row[k] for k in row if k != "index"}
 
     def _refuse(self, what):
         raise ValueError(

@@ -83,7 +83,7 @@ def build_index(
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
             tqdm(total=len(new), desc=f"reading {root}", unit="file", disable=None) as bar,
         ):
-            for entry in pool.map(lambda path: _examined(root, path, stats[path]), new):
+            for entry in pool.map(lambda path: examined(root, path, stats[path]), new):
                 entries[entry.path] = entry
                 bar.update()
     if entries.keys() != known.keys() or new:
@@ -91,7 +91,8 @@ def build_index(
     return Index(root, [entries[path] for path in media], ignored)
 
 
-def _examined(root, path, stat):
+def examined(root: Path, path: str, stat: os.stat_result) -> Entry:
+    """One file below `root`, opened and listened to."""
     facts = {}
     try:
         facts["info"] = probe(root / path)

@@ -5,6 +5,7 @@ python train.py exp=folder data.root=DIR                 # any folder of clips
 python train.py exp=landscape strategy=ddp trainer.devices=8
 python train.py exp=landscape ckpt=auto                  # go on with the unfinished run
 python train.py exp=landscape ckpt=RUN_FOLDER            # a new run from its last checkpoint
+python train.py exp=landscape ckpt=landscape.ckpt        # or from converted weights
 python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
 
@@ -38,7 +39,7 @@ def train(config: DictConfig) -> float | None:
     if not first:
         log.setLevel(logging.ERROR)
     folder, plain = Path(config.paths.run), checkpoint.plain(config)
-    resume = None
+    resume = begin = None
     if config.ckpt == "auto":
         begun = (folder / run_folder.CONFIG).is_file()
         if begun and (other := launch.difference(config, folder)):
@@ -51,10 +52,13 @@ def train(config: DictConfig) -> float | None:
     elif config.ckpt:
         resume = checkpoint.find(config.ckpt, config.paths.runs)
         # before anything is written
-        if "optimizer_states" not in checkpoint.read(resume, mmap=True):
-            raise ValueError(
-                f"{resume} holds weights to sample with, but no state to train on from"
-            )
+        stored = checkpoint.read(resume, mmap=True)
+        if "optimizer_states" not in stored:
+            if "converted" not in stored:
+                raise ValueError(
+                    f"{resume} holds weights to sample with, but no state to train on from"
+                )
+            begin, resume = stored["state_dict"], None
 
     in_place = resume is not None and folder.absolute() in resume.absolute().parents
     if first and run_folder.checkpoints(folder) and not in_place:
@@ -62,6 +66,8 @@ def train(config: DictConfig) -> float | None:
 
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
+    if begin is not None:
+        begin_with(begin, system, config.ckpt)
     system.save_hyperparameters(plain)
     callbacks = checkpoint.build(config.callbacks)
     trainer = checkpoint.build(
@@ -107,6 +113,18 @@ def train(config: DictConfig) -> float | None:
             raise ValueError(memory.advice(plain, trainer.world_size)) from error
         raise
     return objective(folder)
+
+
+def begin_with(weights: dict, system: pl.LightningModule, ckpt: str) -> None:
+    """Puts weights from elsewhere where a new run would have drawn its own, and their average."""
+    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    try:
+        for each in system.modules():
+            if isinstance(each, type(system.model)):
+                each.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{ckpt} was converted for another model than this config's") from error
+    log.info("a new run, with the weights of %s", ckpt)
 
 
 def objective(folder: Path) -> float | None:

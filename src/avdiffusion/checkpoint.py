@@ -102,21 +102,7 @@ def read(ckpt: str | Path, *, mmap: bool = False) -> dict:
     With `mmap`, tensors stay in the file until they are used.
     """
     path = find(ckpt)
-    if not is_zipfile(path):
-        raise CheckpointError(f"{path} is no checkpoint, or only the beginning of one")
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        # Torch's own words end in the advice to load it all the same.
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"it would call {named[1]}" if named else "or is damaged"
-        raise CheckpointError(
-            f"{path} is refused: it holds more than tensors and plain values, {found}"
-        ) from error
-    except UNREADABLE as error:
-        raise CheckpointError(
-            f"{path} is not a readable checkpoint: {first_line(error)}"
-        ) from error
+    stored = content(path, mmap=mmap)
     mark = stored.get("avdiffusion") if isinstance(stored, dict) else None
     if not isinstance(mark, dict) or not isinstance(mark.get("format"), int):
         raise CheckpointError(
@@ -132,6 +118,37 @@ def read(ckpt: str | Path, *, mmap: bool = False) -> dict:
     if not isinstance(config, dict) or not all(isinstance(config.get(k), dict) for k in BUILT):
         raise CheckpointError(f"{path} is damaged: its config lacks one of {', '.join(BUILT)}")
     return stored
+
+
+def content(path: Path, *, mmap: bool = False) -> Any:
+    """What a file of anyone's holds, tensors and plain values only."""
+    if not is_zipfile(path):
+        raise CheckpointError(f"{path} is no checkpoint, or only the beginning of one")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        # Torch's own words end in the advice to load it all the same.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it would call {named[1]}" if named else "or is damaged"
+        raise CheckpointError(
+            f"{path} is refused: it holds more than tensors and plain values, {found}"
+        ) from error
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {first_line(error)}"
+        ) from error
+
+
+def write(content: dict, path: Path) -> None:
+    """Writes a checkpoint beside its place, then renames it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{path} could not be written: {first_line(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(
@@ -176,12 +193,16 @@ def load(
 
 
 def merged(stored: dict, given: Any, name: str) -> dict:
-    """`given`, or if that says `stored: true`, what is stored with the other keys set on it."""
+    """`given`, or if that says `stored: true`, what is stored with the other keys set on it.
+
+    What builds something of its own, such as another guide, is added to it.
+    """
     given = plain(given) if isinstance(given, DictConfig) else dict(given)
     if not given.pop("stored", False):
         return given
     given = {key: value for key, value in given.items() if value is not None}
-    unknown = sorted(given.keys() - stored.keys())
+    added = {key for key, value in given.items() if isinstance(value, dict) and "_target_" in value}
+    unknown = sorted(given.keys() - stored.keys() - added)
     if unknown:
         known = ", ".join(key for key in stored if key != "_target_")
         raise ValueError(
@@ -190,7 +211,7 @@ def merged(stored: dict, given: Any, name: str) -> dict:
     return {
         **stored,
         **{
-            key: {**stored[key], **value} if isinstance(value, dict) else value
+            key: {**stored.get(key, {}), **value} if isinstance(value, dict) else value
             for key, value in given.items()
         },
     }
@@ -217,6 +238,19 @@ def quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
+def check(overrides: Sequence[str]) -> None:
+    """Ends the command at a word that Hydra would not understand."""
+    for word in overrides:
+        try:
+            OverridesParser.create().parse_override(word)
+        except (OverrideParseException, HydraException):
+            name, _, value = word.partition("=")
+            raise SystemExit(
+                f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is "
+                f'quoted twice: "{name}={quoted(value)}"'
+            ) from None
+
+
 def run(
     main: Callable[[], Any],
     prepare: Callable[[Sequence[str], Path], list[str]] | None = None,
@@ -226,16 +260,7 @@ def run(
     `prepare(words, configs)` gives the words of the command line that Hydra is to see.
     """
     TYPED[:] = sys.argv
-    words = [a for a in sys.argv[1:] if not a.startswith("-") and "=" in a]
-    for word in words:
-        try:
-            OverridesParser.create().parse_override(word)
-        except (OverrideParseException, HydraException):
-            name, _, value = word.partition("=")
-            raise SystemExit(
-                f"error: {word!r} cannot be parsed; a value with = , ~ spaces or brackets is "
-                f'quoted twice: "{name}={quoted(value)}"'
-            ) from None
+    check([a for a in sys.argv[1:] if not a.startswith("-") and "=" in a])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would print in many lines
     try:
         if prepare is not None:

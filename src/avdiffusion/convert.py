@@ -1,142 +1,221 @@
-"""Key map between published MM-Diffusion weights and `CoupledUNet`: same numbers, other names.
+"""Checkpoints from the weights that others have published.
 
-Published tensors differ from ours in name and in axes of length one; the time projection of every
-block is a slice of our `film`.
+python -m avdiffusion.convert mm_diffusion Landscape.pt landscape.ckpt exp=landscape
+python -m avdiffusion.convert mm_diffusion AIST++.pt aist.ckpt exp=aist
+python -m avdiffusion.convert mm_diffusion ema_0.9999_100000.pt own.ckpt exp=folder data.root=DIR
+
+What follows the two files are overrides as for train.py: the config that the weights are for.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from avdiffusion.nn.attention import CrossAttention, SelfAttention
-from avdiffusion.nn.blocks import ResBlock
-from avdiffusion.nn.coupled_unet import CoupledUNet, Stage
+from avdiffusion import checkpoint
+from avdiffusion.checkpoint import CheckpointError
+from avdiffusion.nn.coupled_unet import CoupledUNet
+from avdiffusion.published import (
+    OtherWeights,
+    bare,
+    differences,
+    entries,
+    from_published,
+    settings,
+)
+
+# Where files keep weights among other things, the average before what is trained.
+PLACES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model")
+NET = "model.diffusion.net"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A published tensor: its key and shape, and the key (and rows) of ours that holds it."""
+def convert(
+    source: str | Path,
+    target: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Writes the checkpoint of a published MM-Diffusion file; tells what is in it.
 
-    published: str
-    shape: tuple[int, ...]
-    ours: str
-    rows: slice
-
-
-def entries(net: CoupledUNet) -> Iterator[Entry]:
-    """Every published tensor of this network, in the published order."""
-    tensors = dict(net.named_parameters())
-    names = {module: name for name, module in net.named_modules()}
-
-    def pair(published, module, weight=(), rows=None):
-        """Weight and bias; `weight` is the published shape behind the two channel axes."""
-        rows = rows or slice(None)
-        for kind in ("weight", "bias"):
-            ours = f"{names[module]}.{kind}"
-            shape = tuple(tensors[ours][rows].shape)
-            shape = (*shape[:2], *weight) if kind == "weight" else shape
-            yield Entry(f"{published}.{kind}", shape, ours, rows)
-
-    def norm(published, module):
-        return pair(f"{published}.GroupNorm", module)
-
-    def video_conv(published, conv):
-        yield from pair(f"{published}_spatial", conv.space, (3, 3))
-        yield from pair(f"{published}_temporal", conv.time, (3,))
-
-    def res_block(name, block: ResBlock):
-        yield from norm(f"{name}.video_in_layers.0", block.video.norm)
-        yield from video_conv(f"{name}.video_in_layers.2.video_conv", block.video.conv)
-        yield from norm(f"{name}.audio_in_layers.0", block.audio.norm)
-        yield from pair(f"{name}.audio_in_layers.2.audio_conv", block.audio.conv, (3,))
-        yield from pair(f"{name}.emb_layers.1", net.film, rows=film_rows[block])
-        streams = {"video": (block.video, (1, 1, 1)), "audio": (block.audio, (1,))}
-        for stream, (branch, ones) in streams.items():
-            yield from norm(f"{name}.{stream}_out_layers.0", branch.film_norm)
-            yield from pair(f"{name}.{stream}_out_layers.3.{stream}_conv", branch.out, ones)
-        for stream, (branch, ones) in streams.items():
-            if not isinstance(branch.skip, nn.Identity):
-                yield from pair(f"{name}.{stream}_skip_connection.{stream}_conv", branch.skip, ones)
-
-    def self_attention(name, block: SelfAttention):
-        yield from norm(f"{name}.norm", block.norm)
-        yield from pair(f"{name}.qkv", block.qkv, (1,))
-        yield from pair(f"{name}.proj_out", block.out, (1,))
-
-    def cross_attention(name, block: CrossAttention):
-        yield from norm(f"{name}.v_norm", block.video_norm)
-        yield from norm(f"{name}.a_norm", block.audio_norm)
-        yield from pair(f"{name}.v_qkv", block.video_qkv, (1,))
-        yield from pair(f"{name}.a_qkv", block.audio_qkv, (1,))
-        yield from pair(f"{name}.video_proj_out.video_conv", block.video_out, (1, 1, 1))
-        yield from pair(f"{name}.audio_proj_out.audio_conv", block.audio_out, (1,))
-
-    def stage(name, block: Stage, start=0):
-        """The published parts of a stage, numbered from `start`."""
-        parts = (part for part in (block.res, block.cross, block.up) if part is not None)
-        for number, part in enumerate(parts, start):
-            if isinstance(part, CrossAttention):
-                yield from cross_attention(f"{name}.{number}", part)
-                continue
-            yield from res_block(f"{name}.{number}", part)
-            if part is block.res:
-                for kind in ("spatial", "temporal", "audio"):
-                    attention = getattr(block, kind)
-                    if attention is not None:
-                        yield from self_attention(
-                            f"{name}.{number}.{kind}_attention_block", attention
-                        )
-
-    film_rows, start = {}, 0
-    for block in net.res_blocks():
-        film_rows[block] = slice(start, start := start + block.film_width)
-
-    yield from pair("time_embed.0", net.time[0])
-    yield from pair("time_embed.2", net.time[2])
-    yield from video_conv("input_blocks.0.0.video_conv.video_conv", net.video_in)
-    yield from pair("input_blocks.0.0.audio_conv.audio_conv", net.audio_in, (3,))
-    for number, block in enumerate(net.encoder, 1):
-        yield from stage(f"input_blocks.{number}", block)
-    yield from stage("middle_blocks", net.middle_in)
-    yield from stage("middle_blocks", net.middle_out, 1 + (net.middle_in.cross is not None))
-    for number, block in enumerate(net.decoder):
-        yield from stage(f"output_blocks.{number}", block)
-    yield from norm("audio_out.0", net.audio_norm)
-    yield from pair("audio_out.2.audio_conv", net.audio_out, (3,))
-    yield from norm("video_out.0", net.video_norm)
-    yield from pair("video_out.2.video_conv", net.video_out, (3, 3, 3))
-
-
-def to_published(net: CoupledUNet, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The network's weights, or others of its shapes, under published names in published order."""
-    state = net.state_dict() if state is None else state
-    return {
-        entry.published: state[entry.ours][entry.rows].reshape(entry.shape)
-        for entry in entries(net)
+    `overrides` are composed to the config that it is to hold. Trained weights and their average are
+    the published ones. There is no optimiser state, so training does not go on from it, but a new
+    run may begin with its weights.
+    """
+    source, target = Path(source), Path(target)
+    if target.is_dir() or not target.parent.is_dir():
+        raise CheckpointError(f"{target} is no place for a file: there is no folder of that name")
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} is there already: give another name, or --overwrite")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise CheckpointError(f"{target} is the file to read: give another name")
+    published, place = weights(source)
+    where = "paths.run=${paths.runs}/${name}"  # there is no run whose folder it could be
+    config = checkpoint.plain(checkpoint.compose([where, *overrides]))
+    system = checkpoint.build(config["model"])
+    fill(system, published, config, source)
+    content = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": version("pytorch-lightning"),
+        "state_dict": system.state_dict(),
+        "hyper_parameters": config,
+        "converted": {"layout": "mm_diffusion", "file": source.name},
     }
+    system.on_save_checkpoint(content)
+    checkpoint.write(content, target)
+    count = sum(p.numel() for p in system.model.parameters())
+    return {"file": target, "parameters": count, "tensors": len(published), "place": place}
 
 
-def from_published(net: CoupledUNet, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published weights as a state dict of `net`; a leading `module.` is dropped."""
-    published = {key.removeprefix("module."): value for key, value in published.items()}
-    table = list(entries(net))
-    expected = {entry.published: entry.shape for entry in table}
-    missing, unknown = expected.keys() - published.keys(), published.keys() - expected.keys()
-    if missing or unknown:
-        raise ValueError(
-            f"weights of another network: {len(missing)} tensors missing (such as "
-            f"{sample(missing)}), {len(unknown)} unknown (such as {sample(unknown)})"
+def fill(
+    system: nn.Module, published: Mapping[str, Tensor], config: dict, source: str | Path
+) -> None:
+    """Puts published weights into a system's network and its averages, if they are of that network.
+
+    All of them then share their memory, and so does what is saved of them.
+    """
+    net, clip = system.model.net, system.latent(1).values()
+    if not isinstance(net, CoupledUNet):
+        raise CheckpointError(f"{NET} is a {type(net).__name__}, the weights are of a CoupledUNet")
+    try:
+        state = from_published(net, published)
+    except OtherWeights as error:
+        text = f"{source} does not hold the network of this config\n{error}"
+        raise OtherWeights("\n".join([text, *advice(published, config)])) from None
+    takes = [layer.weight.shape[1] for layer in (net.video_in.space, net.audio_in)]
+    if takes != [value.shape[1] for value in clip]:
+        raise CheckpointError(
+            f"the network takes {_both(takes)} channels of picture and sound, this config gives it "
+            f"{_both(value.shape[1] for value in clip)}: give exp=landscape, or change model/codec "
+            "or data.channels"
         )
-    state = {key: value.new_empty(value.shape) for key, value in net.state_dict().items()}
-    for entry in table:
-        value = published[entry.published]
-        if tuple(value.shape) != entry.shape:
-            raise ValueError(f"{entry.published} is {tuple(value.shape)}, not {entry.shape}")
-        target = state[entry.ours][entry.rows]
-        target.copy_(value.reshape(target.shape))
-    return state
+    net.check(*clip, None)
+    broken = [key for key, value in published.items() if not value.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{source} holds NaN or infinity in {len(broken)} tensors, such as {broken[0]}"
+        )
+    for each in system.modules():
+        if isinstance(each, CoupledUNet):
+            each.load_state_dict(state, assign=True)
 
 
-def sample(keys: set[str]) -> str:
-    return min(keys, default="none")
+def weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file that may be published weights, and where in it they are."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    content, place = checkpoint.content(path, mmap=True), None
+    if isinstance(content, dict):
+        if "avdiffusion" in content:
+            raise CheckpointError(f"{path} is an avdiffusion checkpoint already: sample from it")
+        if "param_groups" in content:
+            raise CheckpointError(
+                f"{path} holds the state of an optimiser: the weights are in the file beside it, "
+                "such as ema_0.9999_100000.pt"
+            )
+        held = (key for key in PLACES if isinstance(content.get(key), dict) and content[key])
+        place = next(held, None)
+    found = content if place is None else content[place]
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path} holds no weights by name")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} holds no weights: {key!r} in it is a {type(value).__name__}. They may "
+                f"stand at its top, or under {', '.join(PLACES)}"
+            )
+    found = bare(found)
+    first = found.get("input_blocks.0.0.weight")  # of networks in the layout of guided-diffusion
+    if first is not None and first.ndim > 1:
+        what = "a super-resolution" if first.shape[1] == 6 else "an image"
+        raise CheckpointError(
+            f"{path} holds {what} network ({first.shape[1]} channels in, {first.shape[0]} wide): "
+            "mm_diffusion converts those of video and sound together, such as Landscape.pt"
+        )
+    return found, place
+
+
+def advice(published: Mapping[str, Tensor], config: dict) -> list[str]:
+    """What to change in a config for these weights, where their shapes tell."""
+    if "input_blocks.1.0.video_in_layers.2.video_conv.weight" in published:
+        return ["its convolutions of video are 3-D (video_type=3d), those of this network are not"]
+    found = settings(published)
+    if found is None:
+        return []
+    with torch.device("meta"):
+        if not differences(entries(CoupledUNet()), published):
+            return [
+                "it is the published network: give exp=landscape or exp=aist, and no other size"
+            ]
+    given = config["model"]["diffusion"]["net"]
+    changes = {k: v for k, v in found.items() if v != _comparable(given.get(k))}
+    words = [f"{NET}.{key}={_text(value)}" for key, value in changes.items()]
+    if "out_factor" in changes:
+        words.append(f"model.diffusion.learned_variance={_text(changes['out_factor'] > 1)}")
+    if "audio_channels" in changes:
+        words.append(f"data.channels={changes['audio_channels']}")
+    text = f"its shapes fit with {shlex.join(words)}"
+    number = len(found["cross_attention_resolutions"])
+    if number != len(given.get("cross_attention_windows", ())):
+        text += f", and {number} {NET}.cross_attention_windows"
+    return [text]
+
+
+def _both(numbers):
+    return " and ".join(map(str, numbers))
+
+
+def _comparable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _text(value) -> str:
+    """As an override has it."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return str(value).lower()
+
+
+def _run(given: argparse.Namespace) -> None:
+    checkpoint.check(given.overrides)
+    try:
+        made = convert(given.source, given.target, given.overrides, overwrite=given.overwrite)
+    except OtherWeights as error:  # whose lines are to stay apart
+        raise SystemExit(f"error: {error}") from None
+    place = f" under '{made['place']}'" if made["place"] else ""
+    word = f"ckpt={given.target}"
+    if not re.fullmatch(r"[\w./+-]+", given.target):
+        word = f'"ckpt={checkpoint.quoted(given.target)}"'
+    sys.stdout.write(
+        f"{made['file']}: {made['parameters'] / 1e6:.1f} M parameters, the {made['tensors']} "
+        f"tensors of {given.source}{place}\nto sample: python sample.py {word}\n"
+    )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m avdiffusion.convert",
+        description="A checkpoint from weights that others have published.",
+        epilog="\n".join(__doc__.splitlines()[2:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("layout", choices=["mm_diffusion"], help="whose names the weights have")
+    parser.add_argument("source", help="the published file, such as Landscape.pt")
+    parser.add_argument("target", help="the checkpoint to write, such as landscape.ckpt")
+    parser.add_argument(
+        "overrides", nargs="*", help="of the config, such as exp=landscape (that of AIST++: aist)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="write over an existing file")
+    checkpoint.guarded(_run, parser.parse_intermixed_args(words))
+
+
+if __name__ == "__main__":
+    main()

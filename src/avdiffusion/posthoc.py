@@ -7,7 +7,6 @@ The run was trained with `model/ema=power` (Karras et al. 2024a, section 3.2).
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,9 +71,9 @@ def reconstruct(
     state = _combined(dict(zip(averages, rows, strict=True)), content["state_dict"])
     content["hyper_parameters"]["model"]["ema"]["sigma_rels"] = [sigma_rel]
     made = {"sigma_rel": sigma_rel, "step": step, "steps": list(files), "error": error}
-    kept = ("avdiffusion", "hyper_parameters", "global_step")
+    kept = {key: content[key] for key in ("avdiffusion", "hyper_parameters", "global_step")}
     path = Path(out or end.with_name(f"ema{sigma_rel:g}_{end.name}"))
-    _write({**{k: content[k] for k in kept}, "state_dict": state, "posthoc": made}, path)
+    checkpoint.write({**kept, "state_dict": state, "posthoc": made}, path)
     return {**made, "file": path}
 
 
@@ -113,18 +112,6 @@ def _listed(steps: dict[int, Path]) -> str:
     """The first and the last few."""
     words = [str(step) for step in steps]
     return ", ".join(words if len(words) <= 8 else [*words[:3], "...", *words[-3:]])
-
-
-def _write(content: dict, path: Path) -> None:
-    """Beside its place, then renamed."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(content, part)
-        os.replace(part, path)
-    except RuntimeError as error:  # what torch makes of a full disk
-        raise OSError(f"{path} could not be written: {checkpoint.first_line(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _run(given: argparse.Namespace) -> None:

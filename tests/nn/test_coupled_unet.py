@@ -1,22 +1,20 @@
 """The coupled network against recorded figures of the published one, and its own promises."""
 
 import hashlib
-import json
-import zlib
-from pathlib import Path
 
+import golden_network
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from golden_network import frames_first, recording, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avdiffusion.convert import from_published, to_published
 from avdiffusion.nn.blocks import time_embedding
 from avdiffusion.nn.coupled_unet import CoupledUNet
+from avdiffusion.published import from_published, to_published
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {
     "channels": 8,
     "channel_mult": (1, 2),
@@ -47,58 +45,39 @@ def inputs(batch=2, frames=4, pixels=8, samples=48, seed=0):
     return video, audio, 1000 * torch.rand(batch, generator=generator)
 
 
-def relative(ours, theirs):
-    theirs = torch.as_tensor(theirs)
-    return ((ours.detach() - theirs).abs().max() / theirs.abs().max()).item()
-
-
 # golden/coupled_unet.*.npz
 
 
-def z(name, shape):
-    return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-
-
-def golden_network(meta):
+def network(meta):
     config = meta["config"]
     net = CoupledUNet(
         channels=config["model_channels"],
         head_channels=config["num_head_channels"],
         num_res_blocks=config["num_res_blocks"],
     )
-    salt, published = meta["salt"], {}
-    for key, shape in meta["parameters"]:
-        value = z(salt + key, shape)
-        if len(shape) > 1:
-            value = value / np.sqrt(np.prod(shape[1:]))
-        else:
-            value = 0.1 * value + key.endswith("weight")
-        published[key] = torch.tensor(value, dtype=torch.float32)
+    published = golden_network.weights(meta)
     assert list(published) == list(to_published(net))
     net.load_state_dict(from_published(net, published))
-    video = torch.tensor(z(salt + "in.video", (meta["batch"], *config["video_size"]))).float()
-    audio = torch.tensor(z(salt + "in.audio", (meta["batch"], *config["audio_size"]))).float()
-    return net, video, audio, torch.tensor(meta["timesteps"]).float()
+    return net, *golden_network.inputs(meta)
 
 
 @pytest.mark.parametrize("case", ["noshift", "midshift"])
 def test_forward_and_gradients_are_the_published_ones(case):
-    recorded = np.load(GOLDEN / f"coupled_unet.{case}.npz")
-    net, video, audio, time = golden_network(json.loads(str(recorded["meta"])))
+    theirs, meta = recording(case)
+    net, video, audio, time = network(meta)
     video.requires_grad_()
     audio.requires_grad_()
-    shifts = torch.tensor(net.shift_ranges(video.shape[1])) // 2 if case == "midshift" else None
-    ours = net(rearrange(video, "b t c h w -> b c t h w"), audio, time=time, shifts=shifts)
-    video_out, audio_out = rearrange(ours[0], "b c t h w -> b t c h w"), ours[1]
-    assert relative(video_out, recorded["video"]) <= 1e-4
-    assert relative(audio_out, recorded["audio"]) <= 1e-4
-    if "grad_norms" in recorded:
+    shifts = torch.tensor(net.shift_ranges(video.shape[2])) // 2 if case == "midshift" else None
+    video_out, audio_out = net(video, audio, time=time, shifts=shifts)
+    assert relative(frames_first(video_out), theirs["video"]) <= 1e-4
+    assert relative(audio_out, theirs["audio"]) <= 1e-4
+    if "grad_norms" in theirs:
         (video_out.square().mean() + audio_out.square().mean()).backward()
-        assert relative(video.grad, recorded["grad_video"]) <= 1e-4
-        assert relative(audio.grad, recorded["grad_audio"]) <= 1e-4
+        assert relative(frames_first(video.grad), theirs["grad_video"]) <= 1e-4
+        assert relative(audio.grad, theirs["grad_audio"]) <= 1e-4
         gradients = to_published(net, {k: p.grad for k, p in net.named_parameters()})
         norms = torch.stack([gradient.norm() for gradient in gradients.values()])
-        assert relative(norms, recorded["grad_norms"]) <= 1e-4
+        assert relative(norms, theirs["grad_norms"]) <= 1e-4
 
 
 # recorded figures of closed-form weights and inputs

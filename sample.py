@@ -2,22 +2,30 @@
 
 python sample.py ckpt=RUN_FOLDER                         # 16 clips and a gallery beside it
 python sample.py ckpt=best num=64 seed=1 out=clips       # of the newest run
-python sample.py ckpt=last.ckpt sampler=ddim sampler.steps=25 "save=[mp4,gif]"
+python sample.py ckpt=last.ckpt sampler=dpm_solver_2m sampler.steps=15 "save=[mp4,gif]"
+python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" given=CLIPS "known=[audio]"
+python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" seconds=10
+torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 """
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed
 from tqdm import tqdm
 
 from avdiffusion import checkpoint
-from avdiffusion.writer import ClipWriter
+from avdiffusion.data.given import Given
+from avdiffusion.spread import gathered
+from avdiffusion.writer import ClipWriter, Kept
 
 log = logging.getLogger("avdiffusion")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def sample(config: DictConfig) -> None:
@@ -25,34 +33,106 @@ def sample(config: DictConfig) -> None:
         torch.set_num_threads(config.cpu_threads)
     path = checkpoint.find(config.ckpt)
     chosen = {"sampler": config.sampler, "guide": config.guide}
-    system = checkpoint.load(path, trust=config.trust, device=config.device, replace=chosen)
-    index = list(config.index) if config.index is not None else list(range(config.num))
+    device = config.device
+    if WORLD > 1 and device is None and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    system = checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
+    given = parts(config, system)
+    index = list(config.index) if config.index is not None else None
+    if index is None:
+        index = list(range(config.num or (len(given.files) if given else 16)))
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = Path(config.out or run / "samples" / f"{path.stem}_{config.tag}")
-    settings = {
-        "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "sampler": system.config["sampler"],
-        "guides": system.config["guide"],
-        "seed": config.seed,
-        "micro_batch": config.micro_batch,
-    }
-    writer = ClipWriter(
-        out,
-        rates=system.rates,
-        settings=settings,
-        info={"file": str(path), "name": system.config["name"], "threads": torch.get_num_threads()},
-        save=list(config.save),
-        overwrite=config.overwrite,
-    )
-    missing = writer.missing(index)
-    if len(missing) < len(index):
-        log.info("%d of %d samples are already in %s", len(index) - len(missing), len(index), out)
-    with tqdm(total=len(missing), unit="clip", disable=None if missing else True) as bar:
-        options = {"seed": config.seed, "micro_batch": config.micro_batch}
-        for group, clips in system.samples(missing, progress=bar.refresh, **options):
-            writer.add(group, clips)
+    writer, missing = None, None
+    if RANK == 0:
+        writer = ClipWriter(
+            out,
+            rates=system.rates,
+            settings={
+                "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+                "sampler": system.config["sampler"],
+                "guides": system.config["guide"],
+                "seed": config.seed,
+                "micro_batch": config.micro_batch,
+                **asked(config),
+            },
+            info={
+                "file": str(path),
+                "name": system.config["name"],
+                "threads": torch.get_num_threads(),
+            },
+            save=list(config.save),
+            overwrite=config.overwrite,
+        )
+        missing = writer.missing(index)
+        if len(missing) < len(index):
+            there = len(index) - len(missing)
+            log.info("%d of %d samples are already in %s", there, len(index), out)
+    if WORLD > 1:
+        distributed.init_process_group("gloo")
+        shared = [missing]
+        distributed.broadcast_object_list(shared)
+        missing = shared[0]
+    evaluations = []
+    with tqdm(
+        total=len(missing), unit="clip", disable=None if missing and not RANK else True
+    ) as bar:
+        made = system.samples(
+            missing[RANK::WORLD],
+            seed=config.seed,
+            given=given,
+            seconds=config.seconds if given is None else None,
+            overlap=config.overlap,
+            micro_batch=config.micro_batch,
+            progress=bar.refresh,
+        )
+        for group, clips, calls in gathered(made, WORLD):
+            if writer:
+                writer.add(group, clips, given and [kept(given, i) for i in group])
+            evaluations += [calls] * len(group)
             bar.update(len(group))
-    log.info("%d samples in %s; open %s", len(index), out, writer.finish(title=out.name))
+    if WORLD > 1:
+        distributed.destroy_process_group()
+    if writer:
+        cost = f", {sum(evaluations) / len(evaluations):g} evaluations each" if evaluations else ""
+        log.info(
+            "%d samples in %s%s; open %s", len(index), out, cost, writer.finish(title=out.name)
+        )
+
+
+def parts(config: DictConfig, system) -> Given | None:
+    """The files that give a part of each sample."""
+    if config.given is None:
+        if config.known is not None:
+            raise ValueError("known= says what is known of given clips: give them with given=")
+        if config.seconds == "given":
+            raise ValueError("seconds=given is the length of given clips: give them with given=")
+        return None
+    if config.known is None:
+        raise ValueError('given= needs known=, what of it is to be kept: "known=[audio]"')
+    trained = system.config["data"].get("train") or {}
+    return Given(
+        config.given,
+        known=OmegaConf.to_container(config.known)
+        if OmegaConf.is_config(config.known)
+        else config.known,
+        shapes=system.shapes,
+        rates=system.rates,
+        seconds=config.seconds,
+        fit=config.fit or trained.get("fit", "crop"),
+    )
+
+
+def asked(config: DictConfig) -> dict:
+    """What samples depend on besides the model, where it was set."""
+    names = ("given", "known", "fit", "seconds", "overlap")
+    return {name: config[name] for name in names if config[name] is not None}
+
+
+def kept(given: Given, index: int) -> Kept:
+    """What of the file of this sample is to be in what is written of it."""
+    item = given[index]
+    return Kept(item.path, item.start, item.seconds, item.known, item.whole)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")

@@ -133,9 +133,9 @@ def test_a_full_disk_costs_one_warning(tmp_path, monkeypatch, caplog, place):
 def test_broken_clips_are_counted_and_said(tmp_path, caplog):
     class Breaks(TinySystem):
         def samples(self, index, **options):
-            for group, media in super().samples(index, **options):
-                media["audio"][1:, 0, 5] = float("nan")
-                yield group, media
+            for part in super().samples(index, **options):
+                part.clips["audio"][1:, 0, 5] = float("nan")
+                yield part
 
     with caplog.at_level(logging.WARNING, "avdiffusion"):
         trainer, _ = fit(clips(tmp_path, num=3), steps=2, system=Breaks())

@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from avdiffusion.data.toy import Toy
 from avdiffusion.media import Media
+from avdiffusion.systems.diffusion import Samples
 
 TOY = {"size": (24, 24), "sample_rate": 8000, "samples": 12800}
 
@@ -58,7 +59,8 @@ class TinySystem(pl.LightningModule):
             for _ in range(3):
                 progress()
             video = torch.stack([item["video"] for item in items]) / 127.5 - 1
-            yield group, Media(video=video, audio=torch.stack([item["audio"] for item in items]))
+            sound = torch.stack([item["audio"] for item in items])
+            yield Samples(group, Media(video=video, audio=sound), 2)
 
 
 def fit(*callbacks, logger=(), steps=4, system=None, ckpt=None, **options):

@@ -245,11 +245,13 @@ def test_samples_differ_among_themselves_and_between_seeds():
 def test_sampling_yields_groups_and_reports_every_state():
     model, calls = system(), []
     groups = list(model.samples([9, 4, 7], micro_batch=2, progress=lambda: calls.append(1), seed=1))
-    assert [index for index, _ in groups] == [[9, 4], [7]]
-    assert [len(x["audio"]) for _, x in groups] == [2, 1]
-    assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in groups[0][1].values())
+    assert [part.index for part in groups] == [[9, 4], [7]]
+    assert [len(part.clips["audio"]) for part in groups] == [2, 1]
+    assert [part.evaluations for part in groups] == [5, 5]
+    first = groups[0].clips
+    assert all(v.device.type == "cpu" and v.dtype == torch.float32 for v in first.values())
     assert len(calls) == 2 * 5
-    assert not groups[0][1]["video"].requires_grad
+    assert not first["video"].requires_grad
     assert list(model.samples([])) == []
 
 

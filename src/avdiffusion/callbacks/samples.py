@@ -9,7 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
-from torch import Tensor, distributed
+from torch import Tensor
 from tqdm import tqdm
 
 from avdiffusion.callbacks.evolution import evolution
@@ -18,6 +18,7 @@ from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.speed import Speed
 from avdiffusion.callbacks.stop import Stop
 from avdiffusion.gallery import COLUMNS, LABELS, score_rows
+from avdiffusion.spread import gathered
 from avdiffusion.strip import contact_sheet
 from avdiffusion.writer import ClipWriter, pixels, sound
 
@@ -146,17 +147,15 @@ class SampleClips(pl.Callback):
         return page, rows
 
     def _sampled(self, trainer, system, num) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Samples 0 to num - 1 as they come: process r makes r, r + n, ..., the first gets all.
-
-        All processes make equally many, some of them once more, so that they stay in step.
-        """
+        """Samples 0 to num - 1 as they come: process r makes r, r + n, ..., all get all."""
         world, own = trainer.world_size, list(range(num))[trainer.global_rank :: trainer.world_size]
-        own += [num - 1] * (-(-num // world) - len(own))
-        done, first = set(), trainer.is_global_zero
         stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]
         total = -(-len(own) // self.micro_batch) * getattr(system.sampler, "steps", 0) or None
         with tqdm(
-            desc="sampling", total=total, disable=None if first else True, leave=False
+            desc="sampling",
+            total=total,
+            disable=None if trainer.is_global_zero else True,
+            leave=False,
         ) as bar:
 
             def progress():
@@ -165,16 +164,8 @@ class SampleClips(pl.Callback):
                     stop.check(trainer)
 
             options = {"seed": self.seed, "micro_batch": self.micro_batch, "progress": progress}
-            for part in system.samples(own, **options):
-                parts = [part]
-                if world > 1:
-                    parts = [None] * world
-                    distributed.all_gather_object(parts, part)
-                for index, clips in parts:
-                    fresh = {i: j for j, i in enumerate(index) if i not in done}
-                    done |= fresh.keys()
-                    if fresh:
-                        yield list(fresh), {k: v[list(fresh.values())] for k, v in clips.items()}
+            for index, clips, _ in gathered(system.samples(own, **options), world):
+                yield index, clips
 
     def _all_scores(self, trainer, media, rates):
         """What the metrics say of the clips, and as `*_real` of real ones."""

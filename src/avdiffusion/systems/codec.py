@@ -14,6 +14,10 @@ class Identity(nn.Module):
     def encode(self, x: Media) -> Media:
         return x
 
+    def mask(self, known: Media) -> Media:
+        """Where what is diffused is known, if the data is there."""
+        return known
+
     def decode(self, z: Media) -> Media:
         return z
 
@@ -35,11 +39,16 @@ class Patches(nn.Module):
         super().__init__()
         self.patch, self.scale = dict(patch), dict(scale or {})
 
-    def encode(self, x: Media) -> Media:
-        return Media({name: self._fold(name, v) for name, v in x.items()})
-
     def decode(self, z: Media) -> Media:
         return Media({name: self._unfold(name, v) for name, v in z.items()})
+
+    def mask(self, known: Media) -> Media:
+        return Media({name: self._fold(name, v) for name, v in known.items()})
+
+    def encode(self, x: Media) -> Media:
+        return Media(
+            {name: self._fold(name, v) * self.scale.get(name, 1.0) for name, v in x.items()}
+        )
 
     def _fold(self, name: str, x: Tensor) -> Tensor:
         split, joined, sizes = self._pattern(name, x)
@@ -47,7 +56,7 @@ class Patches(nn.Module):
             raise ValueError(
                 f"{name} {list(x.shape[1:])} does not divide into blocks of {list(sizes.values())}"
             )
-        return rearrange(x, f"{split} -> {joined}", **sizes) * self.scale.get(name, 1.0)
+        return rearrange(x, f"{split} -> {joined}", **sizes)
 
     def _unfold(self, name: str, z: Tensor) -> Tensor:
         split, joined, sizes = self._pattern(name, z)

@@ -1,15 +1,17 @@
 """The Lightning module of every diffusion model here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from importlib.metadata import version
+from itertools import groupby
+from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
 
-from avdiffusion.diffusion.diffusion import Diffusion
+from avdiffusion.diffusion.diffusion import Diffusion, Prediction
 from avdiffusion.diffusion.guide import Denoise, Guide, Task
 from avdiffusion.diffusion.noise import Noise, key
 from avdiffusion.media import Media
@@ -17,9 +19,18 @@ from avdiffusion.samplers.sampler import Sampler
 from avdiffusion.systems.average import PowerEMA
 from avdiffusion.systems.codec import Identity
 from avdiffusion.systems.resume import rewind, settle
+from avdiffusion.systems.timeline import Blank, Part, Timeline
 
 FORMAT = 1  # of a checkpoint; raised when an older one can no longer be read as it is
 SHIFTS = ("none", "fixed", "seeded")
+
+
+class Samples(NamedTuple):
+    """Samples by their numbers, and how often the network was asked for them."""
+
+    index: list[int]
+    clips: Media
+    evaluations: int
 
 
 class DiffusionSystem(pl.LightningModule):
@@ -189,7 +200,7 @@ class DiffusionSystem(pl.LightningModule):
     ) -> Media:
         """Samples 0..num-1 (or those of `index`) as one Media on the CPU; see `samples`."""
         index = range(num) if index is None else index
-        parts = [x for _, x in self.samples(index, seed=seed, **options)]
+        parts = [part.clips for part in self.samples(index, seed=seed, **options)]
         if not parts:
             raise ValueError(f"num={num} and index={index} ask for no sample")
         return reduce(lambda a, b: a.map(lambda v, w: torch.cat([v, w]), b), parts)
@@ -211,34 +222,91 @@ class DiffusionSystem(pl.LightningModule):
         seed: int = 0,
         sampler: Sampler | None = None,
         guides: Sequence[Guide] | None = None,
+        given: Sequence[Part] | None = None,
+        seconds: float | None = None,
+        overlap: int | None = None,
         micro_batch: int = 8,
         progress: Callable[[], object] | None = None,
-    ) -> Iterator[tuple[list[int], Media]]:
-        """(indices, samples in about [-1, 1] on the CPU), `micro_batch` at a time.
+    ) -> Iterator[Samples]:
+        """Samples in about [-1, 1] on the CPU, `micro_batch` at a time.
 
         Sample i of a seed is the same whichever others are asked for. That needs batches of one
         size (kernels round differently at others), so the last one is filled up and cut.
-        `progress` is called after every state of the sampler.
+
+        `given[i]` is what is known of sample i, which stays as it is; the guides have to hold it.
+        Clips of more `seconds` than the model's, or given ones, are made window by window, each
+        from `overlap` steps (of the slowest modality; half a window unless told) before what is
+        missing. `progress` is called after every state of the sampler.
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
         sampler, guides = sampler or self.sampler, self.guides if guides is None else guides
-        model, index = self.ema.ema_model.eval(), list(index)
-        for at in range(0, len(index), micro_batch):
-            group = index[at : at + micro_batch]
-            noise = Noise(seed, group + [group[-1]] * (micro_batch - len(group)), "sample")
-            start = noise.fork("start").like(self.latent(micro_batch))
-            x = model.path.sigma(torch.tensor(model.path.t_max)) * start
+        size, index = micro_batch if sampler.together else 1, list(index)
+        window = {name: shape[1] for name, shape in self.shapes.items()}
+        overlap = min(window.values()) // 2 if overlap is None else overlap
+        plain = given is None and seconds is None
+        if not plain and not any(getattr(guide, "holds", False) for guide in guides):
+            raise ValueError(
+                "no guide holds what is given, or the end of the window before: add one, such as "
+                '"guide=[stored,reconstruct]"'
+            )
+        for at in range(0, len(index), size):
+            group = index[at : at + size]
+            parts = [
+                Blank(self.shapes, self.rates, seconds) if given is None else given[i]
+                for i in group
+            ]
+            clips = [Timeline(part, window=window, overlap=overlap) for part in parts]
+            rows = clips + [clips[-1]] * (size - len(group))
+            names, count = group + [group[-1]] * (size - len(group)), 0
+            while any(clip.next() is not None for clip in clips):
+                # A clip that is complete is made once more, so that the batch keeps its size.
+                starts = [clip.next() or 0 for clip in rows]
+                keys = [(i, s) if s else i for i, s in zip(names, starts, strict=True)]
+                known = (
+                    None if plain else _stack(c.read(s) for c, s in zip(rows, starts, strict=True))
+                )
+                made, own, calls = self._window(keys, seed, sampler, guides, known, progress)
+                count += calls
+                for k, (clip, start) in enumerate(zip(clips, starts, strict=False)):
+                    if clip.next() is not None:
+                        clip.write(start, *(x.map(lambda v, k=k: v[k]) for x in (made, own)))
+            yield from _by_length(group, clips, count)
 
-            task = self.task._replace(seeds=(self.seed, seed))
-            denoise = self.denoise(task)
-            for guide in guides:
-                denoise = guide(denoise, task)
-            for state in sampler(denoise, x, model.path, noise=noise.fork("step")):  # noqa: B007
-                if progress is not None:
-                    progress()
-            clips, count = self.codec.decode(state), len(group)
-            yield group, clips.map(lambda v, n=count: v[:n].float().cpu())
+    def _window(self, index, seed, sampler, guides, known, progress) -> tuple[Media, Media, int]:
+        """One batch of the model's own length.
+
+        Also what the model by itself made of it at last, and how often it was asked.
+        """
+        noise = Noise(seed, index, "sample")
+        start = noise.fork("start").like(self.latent(len(index)))
+        path = self.model.path
+        task = self.task._replace(seeds=(self.seed, seed))
+        if known is not None:
+            values, mask = (part.to(self.device) for part in known)
+            task = task._replace(
+                known=self.codec.encode(values), mask=self.codec.mask(mask), noise=start
+            )
+        model, own, calls = self.denoise(task), None, 0
+
+        def counted(x: Media, t: Tensor) -> Prediction:
+            nonlocal own, calls
+            found = model(x, t)
+            own, calls = found.x0, calls + 1
+            return found
+
+        denoise = counted
+        for guide in guides:
+            denoise = guide(denoise, task)
+        x = path.sigma(torch.tensor(path.t_max)) * start
+        for state in sampler(denoise, x, path, noise=noise.fork("step")):  # noqa: B007
+            if progress is not None:
+                progress()
+        made = self._clips(state)
+        return made, made if known is None else self._clips(own), calls
+
+    def _clips(self, x: Media) -> Media:
+        return self.codec.decode(x.map(torch.detach)).map(lambda v: v.float().cpu())
 
 
 def _unit(value: Tensor) -> Tensor:
@@ -247,3 +315,22 @@ def _unit(value: Tensor) -> Tensor:
     if value.dtype == torch.int16:
         return value.float() / 32768
     return value.float()
+
+
+def _stack(windows: Iterable[tuple[Media, Media]]) -> tuple[Media, Media]:
+    """Values and masks of single windows as two batches."""
+    values, masks = zip(*windows, strict=True)
+
+    def joined(parts: Sequence[Media]) -> Media:
+        return Media({name: torch.stack([part[name] for part in parts]) for name in parts[0]})
+
+    return joined(values), joined(masks)
+
+
+def _by_length(index: list[int], clips: list[Timeline], evaluations: int) -> Iterator[Samples]:
+    """Neighbours of one length as one batch."""
+    pairs = zip(index, clips, strict=True)
+    for _, same in groupby(pairs, key=lambda pair: pair[1].lengths):
+        numbers, lines = zip(*same, strict=True)
+        media = {name: torch.stack([c.values[name] for c in lines]) for name in lines[0].values}
+        yield Samples(list(numbers), Media(media), evaluations)

@@ -26,8 +26,8 @@ class Euler(Sampler):
     def __post_init__(self):
         super().__post_init__()
         for name in ("churn", "churn_min", "churn_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is below 0")
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name}={vars(self)[name]} is below 0")
         if self.churn_max is not None and self.churn_max < self.churn_min:
             raise ValueError(f"churn_max={self.churn_max} is below churn_min={self.churn_min}")
 

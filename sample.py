@@ -41,6 +41,14 @@ def sample(config: DictConfig) -> None:
     index = list(config.index) if config.index is not None else None
     if index is None:
         index = list(range(config.num or (len(given.files) if given else 16)))
+    options = {
+        "seed": config.seed,
+        "given": given,
+        "seconds": config.seconds if given is None else None,
+        "overlap": config.overlap,
+        "micro_batch": config.micro_batch,
+    }
+    system.samples([], **options)  # what is wrong with them is said before anything is written
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = Path(config.out or run / "samples" / f"{path.stem}_{config.tag}")
     writer, missing = None, None
@@ -77,18 +85,10 @@ def sample(config: DictConfig) -> None:
     with tqdm(
         total=len(missing), unit="clip", disable=None if missing and not RANK else True
     ) as bar:
-        made = system.samples(
-            missing[RANK::WORLD],
-            seed=config.seed,
-            given=given,
-            seconds=config.seconds if given is None else None,
-            overlap=config.overlap,
-            micro_batch=config.micro_batch,
-            progress=bar.refresh,
-        )
+        made = system.samples(missing[RANK::WORLD], progress=bar.refresh, **options)
         for group, clips, calls in gathered(made, WORLD):
             if writer:
-                writer.add(group, clips, given and [kept(given, i) for i in group])
+                writer.add(group, clips, given and [Kept(**given.source(i)) for i in group])
             evaluations += [calls] * len(group)
             bar.update(len(group))
     if WORLD > 1:
@@ -113,9 +113,7 @@ def parts(config: DictConfig, system) -> Given | None:
     trained = system.config["data"].get("train") or {}
     return Given(
         config.given,
-        known=OmegaConf.to_container(config.known)
-        if OmegaConf.is_config(config.known)
-        else config.known,
+        known=asked(config)["known"],
         shapes=system.shapes,
         rates=system.rates,
         seconds=config.seconds,
@@ -126,13 +124,8 @@ def parts(config: DictConfig, system) -> Given | None:
 def asked(config: DictConfig) -> dict:
     """What samples depend on besides the model, where it was set."""
     names = ("given", "known", "fit", "seconds", "overlap")
-    return {name: config[name] for name in names if config[name] is not None}
-
-
-def kept(given: Given, index: int) -> Kept:
-    """What of the file of this sample is to be in what is written of it."""
-    item = given[index]
-    return Kept(item.path, item.start, item.seconds, item.known, item.whole)
+    settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(names)))
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="sample")

@@ -21,7 +21,8 @@ class ClipItem:
     """What is given of one result: `values` [C, T, ...] in [-1, 1], zero where `mask` [T] is not.
 
     The result begins `start` seconds into the file at `path`, has `steps` of each modality and
-    lasts `seconds`; `known` are ranges of it, in seconds.
+    lasts `seconds`; `known` are ranges of it, in seconds, `whole` the modalities of which nothing
+    is left to generate.
     """
 
     path: Path
@@ -31,11 +32,7 @@ class ClipItem:
     values: dict[str, Tensor]
     mask: dict[str, Tensor]
     known: dict[str, list[tuple[float, float]]]
-
-    @property
-    def whole(self) -> tuple[str, ...]:
-        """Modalities of which nothing is left to generate."""
-        return tuple(name for name, mask in self.mask.items() if bool(mask.all()))
+    whole: tuple[str, ...]
 
 
 class Given:
@@ -100,24 +97,30 @@ class Given:
         """Steps of each modality of result i; reads nothing."""
         return self._plans[i % len(self)][1]
 
-    def __getitem__(self, i: int) -> ClipItem:
+    def source(self, i: int) -> dict:
+        """`path`, `start`, `seconds`, `known` and `whole` of result i; reads nothing."""
         path, (start, steps, parts) = self.files[i % len(self)], self._plans[i % len(self)]
+        return {
+            "path": path,
+            "start": start,
+            "seconds": steps[self.coarse] / self.rates[self.coarse],
+            "known": {
+                m: [(a / self.rates[m], b / self.rates[m]) for a, b in parts[m]] for m in parts
+            },
+            "whole": tuple(m for m in parts if _covers(parts[m], steps[m])),
+        }
+
+    def __getitem__(self, i: int) -> ClipItem:
+        source, (_, steps, parts) = self.source(i), self._plans[i % len(self)]
         values, mask = {}, {}
         for m, shape in self.shapes.items():
             values[m] = torch.zeros(shape[0], steps[m], *shape[2:])
             mask[m] = torch.zeros(steps[m], dtype=torch.bool)
             for a, b in parts.get(m, []):
-                values[m][:, a:b] = self._read(path, m, start + a / self.rates[m], b - a)
+                start = source["start"] + a / self.rates[m]
+                values[m][:, a:b] = self._read(source["path"], m, start, b - a)
                 mask[m][a:b] = True
-        return ClipItem(
-            path=path,
-            start=start,
-            seconds=steps[self.coarse] / self.rates[self.coarse],
-            steps=steps,
-            values=values,
-            mask=mask,
-            known={m: [(a / self.rates[m], b / self.rates[m]) for a, b in parts[m]] for m in parts},
-        )
+        return ClipItem(**source, steps=steps, values=values, mask=mask)
 
     def _read(self, path, modality, start, count):
         channels, _, *size = self.shapes[modality]

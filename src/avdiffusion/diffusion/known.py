@@ -7,6 +7,7 @@ from torch import Tensor
 
 from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.guide import Denoise, Task, moved
+from avdiffusion.diffusion.path import rows
 from avdiffusion.media import Media
 
 
@@ -60,6 +61,9 @@ class Reconstruct:
         if not anything(task, self):
             return denoise
 
+        there = torch.stack([mask.flatten(1).any(1) for mask in task.mask.values()]).any(0)
+        told = task.mask.map(lambda m: rows(there, m))
+
         def guided(x: Media, t: Tensor) -> Prediction:
             with torch.enable_grad():
                 x = noised(x, t, task).map(lambda v: v.detach().requires_grad_())
@@ -76,7 +80,10 @@ class Reconstruct:
                 Prediction(*(part and part.map(torch.detach) for part in found)),
             )
             slope = Media(zip(x, slope, strict=True))
-            return kept(moved(found, x, found.x0 - step * slope, task, t), task)
+            led = moved(found, x, found.x0 - step * slope, task, t)
+            # A sample of which nothing is known has to be, to the bit, what it is among such alone.
+            led = led._replace(eps=torch.where(told, led.eps, found.eps))
+            return kept(led, task)
 
         return guided
 

@@ -214,7 +214,6 @@ class DiffusionSystem(pl.LightningModule):
         model, (root, seed) = self.ema.ema_model.eval(), task.seeds
         return lambda x, t: model.predict(x, t, self.shifts("sample", seed, float(t), seed=root))
 
-    @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
     def samples(
         self,
         index: Sequence[int],
@@ -240,16 +239,44 @@ class DiffusionSystem(pl.LightningModule):
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
-        sampler, guides = sampler or self.sampler, self.guides if guides is None else guides
-        size, index = micro_batch if sampler.together else 1, list(index)
-        window = {name: shape[1] for name, shape in self.shapes.items()}
-        overlap = min(window.values()) // 2 if overlap is None else overlap
+        guides = self.guides if guides is None else guides
         plain = given is None and seconds is None
         if not plain and not any(getattr(guide, "holds", False) for guide in guides):
             raise ValueError(
                 "no guide holds what is given, or the end of the window before: add one, such as "
                 '"guide=[stored,reconstruct]"'
             )
+        nothing = None if plain else Media()
+        self._guided(guides, self.task._replace(known=nothing, mask=nothing, noise=nothing))
+        return self._samples(
+            list(index),
+            seed,
+            sampler or self.sampler,
+            guides,
+            given,
+            seconds,
+            overlap,
+            micro_batch,
+            progress,
+        )
+
+    def _guided(
+        self, guides: Sequence[Guide], task: Task, denoise: Denoise | None = None
+    ) -> Denoise:
+        """The prediction (the model's own) as the guides in turn change it."""
+        denoise = denoise or self.denoise(task)
+        for guide in guides:
+            denoise = guide(denoise, task)
+        return denoise
+
+    @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
+    def _samples(
+        self, index, seed, sampler, guides, given, seconds, overlap, micro_batch, progress
+    ) -> Iterator[Samples]:
+        size = micro_batch if sampler.together else 1
+        window = {name: shape[1] for name, shape in self.shapes.items()}
+        overlap = min(window.values()) // 2 if overlap is None else overlap
+        plain = given is None and seconds is None
         for at in range(0, len(index), size):
             group = index[at : at + size]
             parts = [
@@ -295,9 +322,7 @@ class DiffusionSystem(pl.LightningModule):
             own, calls = found.x0, calls + 1
             return found
 
-        denoise = counted
-        for guide in guides:
-            denoise = guide(denoise, task)
+        denoise = self._guided(guides, task, counted)
         x = path.sigma(torch.tensor(path.t_max)) * start
         for state in sampler(denoise, x, path, noise=noise.fork("step")):  # noqa: B007
             if progress is not None:

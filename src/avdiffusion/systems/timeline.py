@@ -62,14 +62,14 @@ class Timeline:
     def write(self, start: int, clip: Media, own: Media) -> None:
         """Fills in what is missing in that window; what is known stays as it is.
 
-        `own` is what the model by itself makes of all of the window. Where known steps meet made
-        ones it errs on both sides alike, so its error on the last known step is taken from the made
-        ones after it, less and less over a quarter of the window: no seam is seen.
+        `own` is what the model by itself makes of the whole window. Where known steps meet made
+        ones it errs on both sides alike: two thirds of its error on the known step are taken from
+        the made one beside it and a third from the next, so that no seam shows.
         """
         for name, value in clip.items():
             steps = self._steps(name, start)
             missing, there = ~self.mask[name][steps], self.values[name][:, steps]
-            value = value + faded(there - own[name], missing, len(missing) // 4)
+            value = value + faded(there - own[name], missing)
             there[:, missing] = value[:, missing]
             self.mask[name][steps] = True
 
@@ -81,7 +81,7 @@ class Timeline:
         return slice(first, first + size)
 
 
-def faded(error: Tensor, missing: Tensor, reach: int) -> Tensor:
+def faded(error: Tensor, missing: Tensor, reach: int = 2) -> Tensor:
     """The error [C, T, ...] of the step beside each run of missing ones, falling to zero in it."""
     out, places = torch.zeros_like(error), missing.nonzero().flatten()
     if not len(places):

@@ -38,9 +38,8 @@ def sample(config: DictConfig) -> None:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     system = checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
     given = parts(config, system)
-    index = list(config.index) if config.index is not None else None
-    if index is None:
-        index = list(range(config.num or (len(given.files) if given else 16)))
+    num = config.num if config.num is not None else len(given) if given else 16
+    index = list(config.index) if config.index is not None else list(range(num))
     options = {
         "seed": config.seed,
         "given": given,

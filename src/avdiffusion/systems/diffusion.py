@@ -1,7 +1,7 @@
 """The Lightning module of every diffusion model here."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, reduce
 from importlib.metadata import version
 from itertools import groupby
 from typing import NamedTuple
@@ -248,17 +248,18 @@ class DiffusionSystem(pl.LightningModule):
             )
         nothing = None if plain else Media()
         self._guided(guides, self.task._replace(known=nothing, mask=nothing, noise=nothing))
-        return self._samples(
-            list(index),
-            seed,
-            sampler or self.sampler,
-            guides,
-            given,
-            seconds,
-            overlap,
-            micro_batch,
-            progress,
-        )
+        window = {name: shape[1] for name, shape in self.shapes.items()}
+        overlap = min(window.values()) // 2 if overlap is None else overlap
+
+        def clip(i: int) -> Timeline:
+            part = Blank(self.shapes, self.rates, seconds) if given is None else given[i]
+            return Timeline(part, window=window, overlap=overlap)
+
+        Timeline(Blank(self.shapes, self.rates, seconds), window=window, overlap=overlap)
+        sampler = sampler or self.sampler
+        size = micro_batch if sampler.together else 1
+        draw = partial(self._window, seed, sampler, guides, not plain, progress)
+        return self._samples(list(index), size, clip, draw)
 
     def _guided(
         self, guides: Sequence[Guide], task: Task, denoise: Denoise | None = None
@@ -271,37 +272,42 @@ class DiffusionSystem(pl.LightningModule):
 
     @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
     def _samples(
-        self, index, seed, sampler, guides, given, seconds, overlap, micro_batch, progress
+        self,
+        index: list[int],
+        size: int,
+        clip: Callable[[int], Timeline],
+        window: Callable[..., tuple[Media, Media, int]],
     ) -> Iterator[Samples]:
-        size = micro_batch if sampler.together else 1
-        window = {name: shape[1] for name, shape in self.shapes.items()}
-        overlap = min(window.values()) // 2 if overlap is None else overlap
-        plain = given is None and seconds is None
+        """Fills the clips of `size` samples at a time, window by window."""
         for at in range(0, len(index), size):
-            group = index[at : at + size]
-            parts = [
-                Blank(self.shapes, self.rates, seconds) if given is None else given[i]
-                for i in group
-            ]
-            clips = [Timeline(part, window=window, overlap=overlap) for part in parts]
+            group, count = index[at : at + size], 0
+            clips = [clip(i) for i in group]
+            names = group + [group[-1]] * (size - len(group))
             rows = clips + [clips[-1]] * (size - len(group))
-            names, count = group + [group[-1]] * (size - len(group)), 0
-            while any(clip.next() is not None for clip in clips):
+            while any(each.next() is not None for each in clips):
                 # A clip that is complete is made once more, so that the batch keeps its size.
-                starts = [clip.next() or 0 for clip in rows]
+                starts = [each.next() or 0 for each in rows]
                 keys = [(i, s) if s else i for i, s in zip(names, starts, strict=True)]
-                known = (
-                    None if plain else _stack(c.read(s) for c, s in zip(rows, starts, strict=True))
-                )
-                made, own, calls = self._window(keys, seed, sampler, guides, known, progress)
+                parts = [each.read(s) for each, s in zip(rows, starts, strict=True)]
+                made, own, calls = window(keys, *_stack(parts))
                 count += calls
-                for k, (clip, start) in enumerate(zip(clips, starts, strict=False)):
-                    if clip.next() is not None:
-                        clip.write(start, *(x.map(lambda v, k=k: v[k]) for x in (made, own)))
+                for k, (each, start) in enumerate(zip(clips, starts, strict=False)):
+                    if each.next() is not None:
+                        each.write(start, *(x.map(lambda v, k=k: v[k]) for x in (made, own)))
             yield from _by_length(group, clips, count)
 
-    def _window(self, index, seed, sampler, guides, known, progress) -> tuple[Media, Media, int]:
-        """One batch of the model's own length.
+    def _window(
+        self,
+        seed: int,
+        sampler: Sampler,
+        guides: Sequence[Guide],
+        known: bool,
+        progress: Callable[[], object] | None,
+        index: list,
+        values: Media,
+        mask: Media,
+    ) -> tuple[Media, Media, int]:
+        """One batch of the model's own length; `known` says whether values and mask matter.
 
         Also what the model by itself made of it at last, and how often it was asked.
         """
@@ -309,10 +315,11 @@ class DiffusionSystem(pl.LightningModule):
         start = noise.fork("start").like(self.latent(len(index)))
         path = self.model.path
         task = self.task._replace(seeds=(self.seed, seed))
-        if known is not None:
-            values, mask = (part.to(self.device) for part in known)
+        if known:
             task = task._replace(
-                known=self.codec.encode(values), mask=self.codec.mask(mask), noise=start
+                known=self.codec.encode(values.to(self.device)),
+                mask=self.codec.mask(mask.to(self.device)),
+                noise=start,
             )
         model, own, calls = self.denoise(task), None, 0
 
@@ -328,7 +335,7 @@ class DiffusionSystem(pl.LightningModule):
             if progress is not None:
                 progress()
         made = self._clips(state)
-        return made, made if known is None else self._clips(own), calls
+        return made, self._clips(own) if known else made, calls
 
     def _clips(self, x: Media) -> Media:
         return self.codec.decode(x.map(torch.detach)).map(lambda v: v.float().cpu())
@@ -342,7 +349,7 @@ def _unit(value: Tensor) -> Tensor:
     return value.float()
 
 
-def _stack(windows: Iterable[tuple[Media, Media]]) -> tuple[Media, Media]:
+def _stack(windows: Sequence[tuple[Media, Media]]) -> tuple[Media, Media]:
     """Values and masks of single windows as two batches."""
     values, masks = zip(*windows, strict=True)
 

@@ -190,3 +190,15 @@ def test_the_readme_from_the_top(tmp_path_factory):
     assert printed.status == 0, printed.err
     assert "torch.Size([4, 3, " in printed.out
     project.close()
+
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "conditional.py"))
+    rows = bench["main"]([f"ckpt={run}", "num=48", "long_num=8", "sampler=dpm_solver_2m"])
+    for known in ("audio given", "video given"):
+        unguided, guided = rows[known, "none"][0], rows[known, "reconstruct"][0]
+        assert guided >= unguided + 0.2
+        assert guided >= rows[known, "reconstruct"][1] + 0.2  # pairs of different clips
+    _, _, frames, samples, picture, sound = rows["10 s from 1.6 s", "reconstruct"]
+    assert (frames, samples) == (100, 40000)
+    assert picture <= 1.2
+    assert sound <= 1.2
+    assert rows["10 s from 1.6 s", "reconstruct"][0] >= rows["both", "made together"][1] + 0.2

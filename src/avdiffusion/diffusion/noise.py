@@ -19,13 +19,15 @@ def key(*parts: object) -> int:
 class Noise:
     """A source of noise with one stream per sample, keyed by (seed, index, purpose).
 
+    An index is a number, or numbers for one of several parts of a sample.
+
     The n-th call of `like` gives sample i the same numbers whatever batch it is in, on any number
     of devices. They are drawn on `device` ("cpu" for the same numbers everywhere) and handed over
     on the device and in the type of the tensor they resemble.
     """
 
     def __init__(
-        self, seed: int, index: Sequence[int], purpose: str = "noise", *, device: str = "cpu"
+        self, seed: int, index: Sequence[int | tuple], purpose: str = "noise", *, device: str = "cpu"
     ):
         self.seed, self.index, self.purpose, self.device = seed, list(index), purpose, device
         self.calls = 0

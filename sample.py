@@ -11,6 +11,7 @@ torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 import hashlib
 import logging
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -39,7 +40,9 @@ def sample(config: DictConfig) -> None:
     system = checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
     given = parts(config, system)
     num = config.num if config.num is not None else len(given) if given else 16
-    index = list(config.index) if config.index is not None else list(range(num))
+    index = list(range(num)) if config.index is None else list(config.index)
+    if not index or not all(isinstance(i, int) and i >= 0 for i in index):
+        raise ValueError(f"num={num} and index={config.index} name no samples: 0, 1, 2, ...")
     options = {
         "seed": config.seed,
         "given": given,
@@ -50,6 +53,10 @@ def sample(config: DictConfig) -> None:
     system.samples([], **options)  # what is wrong with them is said before anything is written
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     out = Path(config.out or run / "samples" / f"{path.stem}_{config.tag}")
+    if given and config.given and Path(config.given).resolve() in out.resolve().parents:
+        raise ValueError(
+            f"out={out} lies in given={config.given}, and would be given the next time"
+        )
     writer, missing = None, None
     if RANK == 0:
         writer = ClipWriter(
@@ -62,6 +69,7 @@ def sample(config: DictConfig) -> None:
                 "seed": config.seed,
                 "micro_batch": config.micro_batch,
                 **asked(config),
+                **({"files": given.digest()} if given else {}),
             },
             info={
                 "file": str(path),
@@ -76,7 +84,8 @@ def sample(config: DictConfig) -> None:
             there = len(index) - len(missing)
             log.info("%d of %d samples are already in %s", there, len(index), out)
     if WORLD > 1:
-        distributed.init_process_group("gloo")
+        # One that has nothing left to do waits for the others' last clips.
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))
         shared = [missing]
         distributed.broadcast_object_list(shared)
         missing = shared[0]

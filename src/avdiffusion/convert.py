@@ -50,8 +50,10 @@ def convert(
     run may begin with its weights.
     """
     source, target = Path(source), Path(target)
-    if target.is_dir() or not target.parent.is_dir():
-        raise CheckpointError(f"{target} is no place for a file: there is no folder of that name")
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder: name the file to write")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target} cannot be written: there is no folder {target.parent}")
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} is there already: give another name, or --overwrite")
     if target.exists() and source.exists() and target.samefile(source):

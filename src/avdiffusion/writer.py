@@ -176,6 +176,8 @@ class ClipWriter:
             if found:
                 self._refuse("clips of unknown settings (samples.json is missing)")
             return
+        if not found:  # an earlier run came to nothing
+            return
         before = json.loads(record.read_text())
         mine = {**self.settings, **self.rates}
         theirs = {**before.get("settings", {}), **before.get("rates", {})}

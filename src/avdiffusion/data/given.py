@@ -1,10 +1,12 @@
 """What is given of a clip, by the clock: some modalities, for all or part of the time."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import floor, inf
+from math import floor, inf, isfinite
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from avdiffusion.data.index import build_index, examined
 from avdiffusion.io import EDGE, MediaError, read_window
 
+log = logging.getLogger("avdiffusion")
 WORDS = {"video": "picture", "audio": "sound"}
 
 
@@ -60,6 +63,8 @@ class Given:
     ):
         self.shapes, self.rates = {m: tuple(shape) for m, shape in shapes.items()}, dict(rates)
         self.seconds, self.fit = seconds, fit
+        if fit not in ("crop", "letterbox"):
+            raise ValueError(f"fit={fit!r} is neither crop nor letterbox")
         self.known = [known] if isinstance(known, str) else known
         self.text = "known=" + json.dumps(self.known).replace('"', "").replace(" ", "")
         self.ranges = _ranges(self.known, [m for m in shapes if m in WORDS], self.text)
@@ -68,6 +73,8 @@ class Given:
         self.own = self.shapes[self.coarse][1] / rates[self.coarse]
         if isinstance(seconds, str) and seconds != "given":
             raise ValueError(f"seconds={seconds!r} is neither a number nor given")
+        if isinstance(seconds, float) and not isfinite(seconds):
+            raise ValueError(f"seconds={seconds} is no length")
         if seconds != "given":
             self._steps(seconds)  # if it is wrong, it is for every file
 
@@ -96,6 +103,11 @@ class Given:
     def steps(self, i: int) -> dict[str, int]:
         """Steps of each modality of result i; reads nothing."""
         return self._plans[i % len(self)][1]
+
+    def digest(self) -> str:
+        """What tells these files, by name and size, from others."""
+        listed = repr([(file.name, file.stat().st_size) for file in self.files])
+        return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
     def source(self, i: int) -> dict:
         """`path`, `start`, `seconds`, `known` and `whole` of result i; reads nothing."""
@@ -214,10 +226,23 @@ def _entries(path, cache):
         if not index.entries:
             others = f" ({len(index.ignored)} other files)" if index.ignored else ""
             raise FileNotFoundError(f"no audio or video files in {path}{others}")
-        return [(path, entry) for entry in index.entries], index.ignored
+        return [(path, entry) for entry in _fullest(index.entries)], index.ignored
     if not path.exists():
         raise FileNotFoundError(f"given={path}: no such file or folder")
     return [(path.parent, examined(path.parent, path.name, path.stat()))], []
+
+
+def _fullest(entries):
+    """Of files that differ in their suffix alone, the one that holds most: mp4 beside its wav."""
+    kept = {}
+    for entry in entries:
+        stem = str(Path(entry.path).with_suffix(""))
+        best = kept.setdefault(stem, entry)
+        if entry.info and (not best.info or len(entry.info.modalities) > len(best.info.modalities)):
+            kept[stem] = entry
+    if len(kept) < len(entries):
+        log.info("%d files beside fuller ones of their name left out", len(entries) - len(kept))
+    return list(kept.values())
 
 
 def _ranges(known, names, text):

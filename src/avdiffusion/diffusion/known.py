@@ -93,7 +93,7 @@ def anything(task: Task, guide: object) -> bool:
     if task.known is None:
         raise ValueError(
             f"{type(guide).__name__} holds what is known of a clip, and nothing is given: "
-            "say what with given= and known="
+            "say what with given= and known=, or make a longer clip with seconds="
         )
     return any(bool(mask.any()) for mask in task.mask.values())
 

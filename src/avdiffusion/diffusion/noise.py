@@ -27,7 +27,12 @@ class Noise:
     """
 
     def __init__(
-        self, seed: int, index: Sequence[int | tuple], purpose: str = "noise", *, device: str = "cpu"
+        self,
+        seed: int,
+        index: Sequence[int | tuple],
+        purpose: str = "noise",
+        *,
+        device: str = "cpu",
     ):
         self.seed, self.index, self.purpose, self.device = seed, list(index), purpose, device
         self.calls = 0

@@ -32,7 +32,7 @@ class Euler(Sampler):
             raise ValueError(f"churn_max={self.churn_max} is below churn_min={self.churn_min}")
 
     def solve(self, denoise, x, path, times, noise):
-        share = min(self.churn / (len(times) - 1), math.sqrt(2) - 1)
+        share = min(self.churn / self.steps, math.sqrt(2) - 1)
         for t, s in pairwise(times):
             if share > 0 and self._churned(path, t):
                 x, t = self._raise(x, path, t, share, noise)

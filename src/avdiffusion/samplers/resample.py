@@ -27,6 +27,14 @@ class Resample:
     def __post_init__(self):
         if self.jump < 1 or self.times < 1:
             raise ValueError(f"jump={self.jump} and times={self.times} have to be at least 1")
+        if not isinstance(self.sampler, Sampler):
+            raise ValueError(
+                f"resample goes on top of a sampler, not of {type(self.sampler).__name__}"
+            )
+        if getattr(self.sampler, "denoise_last", False):
+            raise ValueError(
+                "denoise_last=true would end every stretch: not under sampler=resample"
+            )
 
     @property
     def steps(self) -> int:

@@ -203,6 +203,10 @@ class DiffusionSystem(pl.LightningModule):
         parts = [part.clips for part in self.samples(index, seed=seed, **options)]
         if not parts:
             raise ValueError(f"num={num} and index={index} ask for no sample")
+        if len({tuple(v.shape[1:] for v in part.values()) for part in parts}) > 1:
+            raise ValueError(
+                "clips of different lengths are no one batch: take them from `samples`"
+            )
         return reduce(lambda a, b: a.map(lambda v, w: torch.cat([v, w]), b), parts)
 
     @property
@@ -240,7 +244,15 @@ class DiffusionSystem(pl.LightningModule):
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
         guides = self.guides if guides is None else guides
-        plain = given is None and seconds is None
+        if given is not None and seconds is not None:
+            raise ValueError(
+                "seconds is of clips of which nothing is given: given ones have theirs"
+            )
+        blank = Blank(self.shapes, self.rates, seconds)
+        window = {name: shape[1] for name, shape in self.shapes.items()}
+        overlap = min(window.values()) // 2 if overlap is None else overlap
+        Timeline(blank, window=window, overlap=overlap)  # an error comes before any work
+        plain = given is None and all(len(blank.mask[name]) == window[name] for name in window)
         if not plain and not any(getattr(guide, "holds", False) for guide in guides):
             raise ValueError(
                 "no guide holds what is given, or the end of the window before: add one, such as "
@@ -248,18 +260,16 @@ class DiffusionSystem(pl.LightningModule):
             )
         nothing = None if plain else Media()
         self._guided(guides, self.task._replace(known=nothing, mask=nothing, noise=nothing))
-        window = {name: shape[1] for name, shape in self.shapes.items()}
-        overlap = min(window.values()) // 2 if overlap is None else overlap
 
         def clip(i: int) -> Timeline:
-            part = Blank(self.shapes, self.rates, seconds) if given is None else given[i]
+            part = blank if given is None else given[i]
             return Timeline(part, window=window, overlap=overlap)
 
-        Timeline(Blank(self.shapes, self.rates, seconds), window=window, overlap=overlap)
         sampler = sampler or self.sampler
         size = micro_batch if sampler.together else 1
         draw = partial(self._window, seed, sampler, guides, not plain, progress)
-        return self._samples(list(index), size, clip, draw)
+        # An int of another type would be another key of the noise.
+        return self._samples([int(i) for i in index], size, clip, draw)
 
     def _guided(
         self, guides: Sequence[Guide], task: Task, denoise: Denoise | None = None
@@ -325,7 +335,8 @@ class DiffusionSystem(pl.LightningModule):
 
         def counted(x: Media, t: Tensor) -> Prediction:
             nonlocal own, calls
-            found = model(x, t)
+            # A guide's strides differ from a sampler's, and kernels round by strides.
+            found = model(x.map(torch.Tensor.contiguous), t)
             own, calls = found.x0, calls + 1
             return found
 

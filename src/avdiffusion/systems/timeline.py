@@ -1,6 +1,6 @@
 """A clip of any length that is filled in window by window, around what is known of it."""
 
-from math import floor
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -37,18 +37,21 @@ class Timeline:
         short = [name for name in window if self.lengths[name] < window[name]]
         if short:
             raise ValueError(f"{short[0]} lasts {self.lengths[short[0]]} steps, a window {window}")
+        self.last = self.lengths[self.slow] - window[self.slow]  # where the last window starts
+        for name, size in window.items():
+            if self.lengths[name] - size > self.last * size:
+                raise ValueError(f"windows of {window} steps leave some of {self.lengths} out")
 
     def next(self) -> int | None:
         """Where the next window starts; None when nothing is missing."""
-        total = self.lengths[self.slow]
-        missing = [
-            int((~mask).nonzero()[0]) * total // self.lengths[name]
-            for name, mask in self.mask.items()
-            if not mask.all()
-        ]
-        if not missing:
+        places = [self._place(name) for name, mask in self.mask.items() if not mask.all()]
+        if not places:
             return None
-        return min(max(min(missing) - self.overlap, 0), total - self.window[self.slow])
+        start = min(max(min(places) - self.overlap, 0), self.last)
+        # Where lengths are rounded, a window that far back may end before what is missing.
+        while all(mask[self._steps(name, start)].all() for name, mask in self.mask.items()):
+            start += 1
+        return start
 
     def read(self, start: int) -> tuple[Media, Media]:
         """Values and mask of the window from `start` on, the mask shaped like the values."""
@@ -73,11 +76,15 @@ class Timeline:
             there[:, missing] = value[:, missing]
             self.mask[name][steps] = True
 
+    def _place(self, name: str) -> int:
+        """The last start of a window with the first missing step in it, wherever the clip ends."""
+        first, rest = int((~self.mask[name]).nonzero()[0]), self.lengths[name] - self.window[name]
+        return ((first + 1) * self.last - 1) // rest if rest else self.last
+
     def _steps(self, name: str, start: int) -> slice:
-        total, size = self.lengths[self.slow], self.window[name]
-        first = floor(start * self.lengths[name] / total)
-        if start + self.window[self.slow] == total:  # the last window ends where the clip does
-            first = self.lengths[name] - size
+        """Windows are as far apart in each modality, from its beginning to its end."""
+        size = self.window[name]
+        first = start * (self.lengths[name] - size) // self.last if self.last else 0
         return slice(first, first + size)
 
 
@@ -110,6 +117,8 @@ class Blank:
     ):
         self.values, self.mask = {}, {}
         slow = min(shapes, key=lambda name: shapes[name][1])
+        if seconds is not None and not isfinite(seconds):
+            raise ValueError(f"seconds={seconds} is no length")
         steps = shapes[slow][1] if seconds is None else round(seconds * rates[slow])
         if steps < shapes[slow][1]:
             least = shapes[slow][1] / rates[slow]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from avdiffusion import checkpoint
 from avdiffusion.data.given import Given
-from avdiffusion.spread import gathered
+from avdiffusion.spread import gathered, share
 from avdiffusion.writer import ClipWriter, Kept
 
 log = logging.getLogger("avdiffusion")
@@ -93,7 +93,9 @@ def sample(config: DictConfig) -> None:
     with tqdm(
         total=len(missing), unit="clip", disable=None if missing and not RANK else True
     ) as bar:
-        made = system.samples(missing[RANK::WORLD], progress=bar.refresh, **options)
+        size = config.micro_batch if system.sampler.together else 1
+        own = share(missing, size, RANK, WORLD)
+        made = system.samples(own, progress=bar.refresh, **options)
         for group, clips, calls in gathered(made, WORLD):
             if writer:
                 writer.add(group, clips, given and [Kept(**given.source(i)) for i in group])

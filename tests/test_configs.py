@@ -149,7 +149,9 @@ VARIANTS = {
     "avdiffusion.diffusion.guide.Clamp": {"low", "high"},
     "avdiffusion.checkpoint.load": {"device"},  # of a weak model
     "avdiffusion.diffusion.path.DiscreteVP": {"betas"},
-    "avdiffusion.samplers.dpm_solver.DPMSolver": {"steps", "form", "method", "order"},
+    "avdiffusion.samplers.dpm_solver.DPMSolver": {"steps", "grid", "form", "method", "order"},
+    "avdiffusion.samplers.unipc.UniPC": {"grid", "order"},
+    "avdiffusion.samplers.sde_dpm_solver.SDEDPMSolver": {"grid"},
     "avdiffusion.samplers.euler.Euler": {"grid", "shift"},  # on a flow
     "avdiffusion.data.module.DataModule": {"num_workers", "root"},
     "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part

@@ -192,7 +192,7 @@ def test_the_readme_from_the_top(tmp_path_factory):
     project.close()
 
     bench = runpy.run_path(str(ROOT / "benchmarks" / "conditional.py"))
-    rows = bench["main"]([f"ckpt={run}", "num=48", "long_num=8", "sampler=dpm_solver_2m"])
+    rows = bench["main"]([f"ckpt={run}", "num=48", "long_num=8"])
     for known in ("audio given", "video given"):
         unguided, guided = rows[known, "none"][0], rows[known, "reconstruct"][0]
         assert guided >= unguided + 0.2

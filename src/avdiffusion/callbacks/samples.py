@@ -18,7 +18,7 @@ from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.speed import Speed
 from avdiffusion.callbacks.stop import Stop
 from avdiffusion.gallery import COLUMNS, LABELS, score_rows
-from avdiffusion.spread import gathered
+from avdiffusion.spread import gathered, share
 from avdiffusion.strip import contact_sheet
 from avdiffusion.writer import ClipWriter, pixels, sound
 
@@ -147,10 +147,12 @@ class SampleClips(pl.Callback):
         return page, rows
 
     def _sampled(self, trainer, system, num) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """Samples 0 to num - 1 as they come: process r makes r, r + n, ..., all get all."""
-        world, own = trainer.world_size, list(range(num))[trainer.global_rank :: trainer.world_size]
+        """Samples 0 to num - 1 as they come: each process makes some batches, all get all."""
+        world, together = trainer.world_size, getattr(system.sampler, "together", True)
+        size = self.micro_batch if together else 1
+        own = share(range(num), size, trainer.global_rank, world)
         stops = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]
-        total = -(-len(own) // self.micro_batch) * getattr(system.sampler, "steps", 0) or None
+        total = -(-len(own) // size) * getattr(system.sampler, "steps", 0) or None
         with tqdm(
             desc="sampling",
             total=total,

@@ -233,8 +233,10 @@ class DiffusionSystem(pl.LightningModule):
     ) -> Iterator[Samples]:
         """Samples in about [-1, 1] on the CPU, `micro_batch` at a time.
 
-        Sample i of a seed is the same whichever others are asked for. That needs batches of one
-        size (kernels round differently at others), so the last one is filled up and cut.
+        Sample i of a seed is the same whichever others are asked for. Kernels round differently at
+        another batch size and, near the end of their work, at another place in the batch. So every
+        batch is filled up to `micro_batch`, and sample i has place i mod micro_batch in it: numbers
+        that are neighbours share batches.
 
         `given[i]` is what is known of sample i, which stays as it is; the guides have to hold it.
         Clips of more `seconds` than the model's, or given ones, are made window by window, each
@@ -289,22 +291,24 @@ class DiffusionSystem(pl.LightningModule):
         window: Callable[..., tuple[Media, Media, int]],
     ) -> Iterator[Samples]:
         """Fills the clips of `size` samples at a time, window by window."""
-        for at in range(0, len(index), size):
-            group, count = index[at : at + size], 0
-            clips = [clip(i) for i in group]
-            names = group + [group[-1]] * (size - len(group))
-            rows = clips + [clips[-1]] * (size - len(group))
-            while any(each.next() is not None for each in clips):
+        for group in _batches(index, size):
+            clips, count = {i: clip(i) for i in group}, 0
+            places = {i % size: i for i in group}
+            names = [places.get(place, group[-1]) for place in range(size)]
+            rows = [clips[i] for i in names]
+            while any(each.next() is not None for each in clips.values()):
                 # A clip that is complete is made once more, so that the batch keeps its size.
                 starts = [each.next() or 0 for each in rows]
                 keys = [(i, s) if s else i for i, s in zip(names, starts, strict=True)]
                 parts = [each.read(s) for each, s in zip(rows, starts, strict=True)]
                 made, own, calls = window(keys, *_stack(parts))
                 count += calls
-                for k, (each, start) in enumerate(zip(clips, starts, strict=False)):
-                    if each.next() is not None:
-                        each.write(start, *(x.map(lambda v, k=k: v[k]) for x in (made, own)))
-            yield from _by_length(group, clips, count)
+                for k, i in places.items():
+                    if clips[i].next() is not None:
+                        clips[i].write(
+                            starts[k], *(x.map(lambda v, k=k: v[k]) for x in (made, own))
+                        )
+            yield from _by_length(group, list(clips.values()), count)
 
     def _window(
         self,
@@ -368,6 +372,18 @@ def _stack(windows: Sequence[tuple[Media, Media]]) -> tuple[Media, Media]:
         return Media({name: torch.stack([part[name] for part in parts]) for name in parts[0]})
 
     return joined(values), joined(masks)
+
+
+def _batches(index: list[int], size: int) -> Iterator[list[int]]:
+    """In their order, as many as have different places in a batch."""
+    batch: dict[int, int] = {}
+    for i in index:
+        if i % size in batch:
+            yield list(batch.values())
+            batch = {}
+        batch[i % size] = i
+    if batch:
+        yield list(batch.values())
 
 
 def _by_length(index: list[int], clips: list[Timeline], evaluations: int) -> Iterator[Samples]:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 SERVER = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 from pathlib import Path
 import torch, pytorch_lightning, hydra, av, PIL.Image, ema_pytorch
 import avdiffusion.checkpoint, avdiffusion.callbacks.samples, avdiffusion.data.clips
@@ -28,6 +28,8 @@ def redirect(path, number):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, number)
 
+gc.collect()
+gc.freeze()  # a fork that looked through all of this for garbage would copy it first
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:

@@ -43,6 +43,7 @@ SMALL = [
     "model.diffusion.net.channels=8",
     "model.diffusion.net.num_heads=2",
     "model.diffusion.net.head_channels=8",
+    "sampler=ddim",
     "sampler.steps=2",
     "paths.run=run",
 ]
@@ -169,7 +170,9 @@ def test_sampler_and_guides_can_be_replaced_or_set(fresh, tmp_path):
     assert type(load(sampler=OmegaConf.create(ddpm)).sampler).__name__ == "DDPM"
     assert load(guide={}).guides == []
     assert len(load(guide={"stored": True}).guides) == 1
-    with pytest.raises(ValueError, match=r"sampler\.variance is no setting of .*steps, grid, shift, eta"):
+    with pytest.raises(
+        ValueError, match=r"sampler\.variance is no setting of .*steps, grid, shift, eta"
+    ):
         load(sampler={"stored": True, "variance": "large"})
 
 

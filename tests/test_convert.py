@@ -377,8 +377,10 @@ def test_commands_that_cannot_work(weights, refused, tmp_path):
         (*TINY, "data.channels=2"): "gives it 3 and 2",
     }.items():
         assert said in one_line(refused(weights, *words))
-    assert "no place for a file" in one_line(refused(weights, *TINY, target="nowhere/ours.ckpt"))
-    assert "no place for a file" in one_line(refused(weights, *TINY, target=str(tmp_path)))
+    assert "there is no folder nowhere" in one_line(
+        refused(weights, *TINY, target="nowhere/ours.ckpt")
+    )
+    assert "is a folder" in one_line(refused(weights, *TINY, target=str(tmp_path)))
 
 
 def test_help_has_examples(capsys):

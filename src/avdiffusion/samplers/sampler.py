@@ -27,10 +27,10 @@ class Sampler:
     shift: float = 1.0
 
     def __post_init__(self):
-        if self.steps < 1 or self.steps != int(self.steps):
-            raise ValueError(
-                f"steps={self.steps}: a sampler takes at least one step, and whole ones"
-            )
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: a sampler takes at least one step")
+        if self.steps != int(self.steps):
+            raise ValueError(f"steps={self.steps}: a sampler takes whole steps")
         if self.grid not in GRIDS:
             raise ValueError(f"grid={self.grid!r} is not one of {', '.join(GRIDS)}")
         if self.shift <= 0:

@@ -18,6 +18,7 @@ def test_lines_where_there_is_no_terminal(caplog, capsys):
     with caplog.at_level(logging.INFO, "avdiffusion"):
         fit(Progress(lines=4), Speed(), steps=10, **SHOWN)
     lines = [r.getMessage() for r in caplog.records if r.name == "avdiffusion"]
+    lines = [line for line in lines if line.startswith("step")]  # a busy machine warns between
     steps = [re.match(r"step +(\d+)/10  loss [\d.e-]+  video ", line) for line in lines]
     assert [int(m[1]) for m in steps] == [1, 4, 8, 10]
     assert re.search(r"clips/s \d+.*  val [\d.]+  00:00 left$", lines[-1])

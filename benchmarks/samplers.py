@@ -396,6 +396,8 @@ def main(words):
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(words))
         if config.threads:
             torch.set_num_threads(config.threads)
+        if config.ckpt is None:
+            raise ValueError("ckpt is needed: give it as ckpt=...")
         file = checkpoint.find(config.ckpt)
         system = checkpoint.load(file, device=config.device, trust=config.trust)
         folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent

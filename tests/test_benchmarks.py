@@ -81,6 +81,7 @@ def test_tables_picture_and_figures(bench, run, capsys):
     ("words", "reason"),
     [
         (["num=3"], "ckpt is needed"),
+        (["ckpt="], "ckpt is needed"),
         (["ckpt=nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
         (["ckpt=x", "number=3"], "number"),
         (["ckpt={run}", "num=1", "reference=2", "samplers=[euler2]"], "sampler/euler2"),

@@ -41,6 +41,7 @@ SMALL = [
     "model.diffusion.net.channel_mult=[1,2]",
     "model.diffusion.net.cross_attention_resolutions=[2]",
     "model.diffusion.net.cross_attention_windows=[2]",
+    "model.diffusion.net.num_res_blocks=1",
     "model.diffusion.net.channels=8",
     "model.diffusion.net.num_heads=2",
     "model.diffusion.net.head_channels=8",
@@ -280,7 +281,7 @@ def complete(folder):
     ],
 )
 def test_killed_and_run_again(project, command, words, whole, tmp_path, case, processes):
-    slow = "sampler.steps=40"
+    slow = "sampler.steps=15"
     line = command(tmp_path, f"num={NUM}", *words(case), slow)
     running = project.spread(line, 2) if processes == 2 else [project.start(line)]
     end = time.monotonic() + 120

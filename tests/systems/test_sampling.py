@@ -244,8 +244,8 @@ def each_once(model, sampler, name):
 
 
 def all_of_them(model, sampler, name):
-    """With the larger network, which is slower, those with the most in them."""
-    if model == "small" or name == "clamp":
+    """Each of a few samplers with every guide, every sampler with the guides that say most."""
+    if name == "clamp" or (model == "small" and (sampler in FEW or name == "reconstruct, long")):
         return True
     return SAMPLERS[sampler].together and (sampler == LEARNED or name == "reconstruct, long")
 

@@ -10,6 +10,7 @@ from einops import rearrange
 from golden_network import frames_first, recording, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from avdiffusion.nn.blocks import time_embedding
 from avdiffusion.nn.coupled_unet import CoupledUNet
@@ -192,7 +193,7 @@ def test_variants_are_the_published_ones(name):
     assert (sum(p.numel() for p in net.parameters()), count) == (parameters, keys)
     v, a = run_wave(net)
     figures = torch.stack((v.norm(), v.flatten()[0], a.norm(), a.flatten()[0]))
-    torch.testing.assert_close(figures, torch.tensor(recorded), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(figures, torch.tensor(recorded), atol=1e-5, rtol=3e-5)
 
 
 def test_time_embedding_is_the_published_one():
@@ -279,13 +280,41 @@ def test_any_size_that_divides_works_and_samples_stay_apart(
 def test_recomputing_activations_leaves_gradients_alone():
     video, audio, time = inputs()
     gradients = []
-    for checkpoint in (False, True):
+    for checkpoint in (False, True, 5e-4):
         net = awake(checkpoint=checkpoint)
         shifts = torch.tensor(net.shift_ranges(4))
         outputs = net(video, audio, time=time, shifts=shifts)
         sum(output.square().sum() for output in outputs).backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for same in zip(*gradients, strict=True):
+        assert all(torch.equal(same[0], other) for other in same[1:])
+
+
+def kept_bytes(net, video, audio, time):
+    """What a forward pass holds for the gradient, beside parameters."""
+    kept = {}
+
+    def keep(x):
+        if not isinstance(x if x._base is None else x._base, nn.Parameter):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = net(video, audio, time=time)
+    assert all(output.grad_fn for output in outputs)
+    return sum(kept.values())
+
+
+def test_activations_kept_are_within_the_budget():
+    clip = inputs()
+    everything = kept_bytes(awake(), *clip)
+    found = [kept_bytes(awake(checkpoint=s * everything / 2**30), *clip) for s in (2.0, 0.7, 0.4)]
+    assert found[0] == everything
+    assert 0.4 * everything < found[1] <= 0.72 * everything
+    assert found[2] <= 0.42 * everything
+    # too small a budget: the least there is, which is everything recomputed
+    least = [kept_bytes(awake(checkpoint=value), *clip) for value in (1e-9, True)]
+    assert least[0] == least[1] < found[2]
 
 
 def test_dropout_acts_in_training_only():

@@ -4,29 +4,57 @@ B batch, T frames, L audio tokens, N tokens of a sequence, P sequences side by s
 h heads, d channels of a head. Video is [B, T, H, W, C], audio [B, 1, 1, L, C].
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
-from avdiffusion.nn.blocks import Pointwise, whole, zeroed
+from avdiffusion.nn.blocks import Pointwise, through, whole, zeroed
 from avdiffusion.nn.norm import GroupNorm
 
 CUDA_AXIS = 65535  # the kernels put the first two axes on the grid, which ends there
+LOGITS = 2**23  # how many a CPU holds at once, where it holds them
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of [B, N, C] or, for every p apart, of [B, N, P, C]."""
-    shape = q.shape
-    q, k, v = (x.reshape(*x.shape[:2], -1, shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
-    return attend_heads(q, k, v).transpose(1, 2).reshape(shape)
+    if q.dim() == 4:  # no copies where B is 1
+        b, n, p, _ = q.shape
+        parts = (x.transpose(1, 2).reshape(b * p, x.shape[1], -1) for x in (q, k, v))
+        return attend(*parts, heads).view(b, p, n, -1).transpose(1, 2)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return attend_heads(q, k, v).transpose(1, 2).flatten(2)
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    size = parallel(q, k)
     for axis in (0, 1):
-        if q.is_cuda and q.shape[axis] > CUDA_AXIS:
-            parts = zip(*(x.split(CUDA_AXIS, axis) for x in (q, k, v)), strict=True)
+        if q.shape[axis] > size[axis]:
+            parts = zip(*(x.split(size[axis], axis) for x in (q, k, v)), strict=True)
             return torch.cat([attend_heads(*part) for part in parts], axis)
+    if q.is_cpu and q.dtype == torch.bfloat16:
+        if torch.is_grad_enabled():  # the weights are large, and soon computed again
+            return recompute(explicit, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        return explicit(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def parallel(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """How many of the first two axes one call may take."""
+    if q.is_cuda:
+        return CUDA_AXIS, CUDA_AXIS
+    if q.dtype != torch.bfloat16:
+        return q.shape[:2]
+    rows = max(1, LOGITS // (q.shape[2] * k.shape[2]))
+    return max(1, rows // q.shape[1]), rows
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with all its weights at once: CPUs multiply bfloat16 fast, but not in blocks."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.mT
+    return logits.softmax(-1).to(v.dtype) @ v
 
 
 class SelfAttention(nn.Module):
@@ -45,7 +73,7 @@ class SelfAttention(nn.Module):
         self.out = zeroed(Pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = through(self.norm, self.qkv, x).chunk(3, dim=-1)
         return self.out(attend(q, k, v, self.heads), residual=x)
 
 
@@ -80,42 +108,45 @@ class CrossAttention(nn.Module):
         b, frames, h, w, c = video.shape
         samples = audio.shape[3]
         pixels, tokens = h * w, samples // frames  # of a frame
-        video_qkv = self.video_qkv(whole(self.video_norm, video)).view(b, frames * pixels, -1)
-        audio_qkv = self.audio_qkv(whole(self.audio_norm, audio)).view(b, samples, -1)
-        vq, vk, vv = video_qkv.chunk(3, dim=-1)
-        aq, ak, av = audio_qkv.chunk(3, dim=-1)
+        video_qkv = through(partial(whole, self.video_norm), self.video_qkv, video)
+        audio_qkv = through(partial(whole, self.audio_norm), self.audio_qkv, audio)
+        vq, vkv = video_qkv.view(b, frames * pixels, -1).split((c, 2 * c), dim=-1)
+        aq, akv = audio_qkv.view(b, samples, -1).split((c, 2 * c), dim=-1)
 
         window = frames if self.window is None else min(self.window, frames)
         even = tokens * frames == samples
-        start = torch.arange(frames, device=video.device)[:, None]
-        start = start if shift is None else start + shift
+        if window < frames or not even:
+            start = torch.arange(frames, device=video.device)[:, None]
+            start = start if shift is None else start + shift
+            rows = (start + torch.arange(window, device=video.device)) % frames
 
         if window == frames and even:
-            to_video = attend(vq, ak, av, self.heads)
+            to_video = attend(vq, *akv.chunk(2, dim=-1), self.heads)
         else:
-            ak, av = (windows(x, start, window, tokens, tokens if even else 1) for x in (ak, av))
-            to_video = attend(vq.view(b * frames, pixels, c), ak, av, self.heads)
+            if even:
+                heard = windows(akv.view(b, frames, tokens, -1), rows)
+            else:
+                steps = torch.arange(window * tokens, device=video.device)
+                heard = windows(akv[:, :, None], (start * tokens + steps) % samples)
+            to_video = attend(vq.view(b * frames, pixels, c), *heard, self.heads)
         if window == frames:
-            to_audio = attend(aq, vk, vv, self.heads)
+            to_audio = attend(aq, *vkv.chunk(2, dim=-1), self.heads)
         else:
-            vk, vv = (windows(x, start, window, pixels, pixels) for x in (vk, vv))
+            seen = windows(vkv.view(b, frames, pixels, -1), rows)
             asking = aq[:, : tokens * frames].reshape(b * frames, tokens, c)
-            to_audio = attend(asking, vk, vv, self.heads).view(b, tokens * frames, c)
+            to_audio = attend(asking, *seen, self.heads).view(b, tokens * frames, c)
             if not even:
-                last = (x.view(b, frames, -1, c)[:, -1] for x in (vk, vv))
+                last = (x.view(b, frames, -1, c)[:, -1] for x in seen)
                 rest = attend(aq[:, tokens * frames :], *last, self.heads)
                 to_audio = torch.cat((to_audio, rest), dim=1)
 
-        video = self.video_out(to_video.reshape(video.shape), residual=video)
-        return video, self.audio_out(to_audio.reshape(audio.shape), residual=audio)
+        return (
+            self.video_out(to_video.reshape(video.shape), residual=video),
+            self.audio_out(to_audio.reshape(audio.shape), residual=audio),
+        )
 
 
-def windows(x: Tensor, start: Tensor, window: int, tokens: int, unit: int) -> Tensor:
-    """The tokens [B T, window * tokens, C] of `window` frames from frame start [T, 1] on, circular.
-
-    A frame has `tokens` tokens of x [B, N, C]; `unit` (a divisor) of them are copied at a time.
-    """
-    steps = torch.arange(window * tokens // unit, device=x.device)
-    rows = (start * (tokens // unit) + steps) % (x.shape[1] // unit)
-    picked = x.unflatten(1, (-1, unit)).index_select(1, rows.flatten())
-    return picked.view(x.shape[0] * len(rows), -1, x.shape[-1])
+def windows(kv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the units `rows` [T, U] of kv [B, units, N, 2 C]: [B T, U N, C] each."""
+    picked = kv.index_select(1, rows.flatten())
+    return picked.view(len(kv) * len(rows), -1, kv.shape[-1]).chunk(2, dim=-1)

@@ -7,6 +7,8 @@ none needs a transpose.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -177,23 +179,52 @@ class Branch(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else Pointwise(inputs, outputs)
 
     def forward(self, x: Tensor, film: Tensor, *, scale_shift: bool) -> Tensor:
-        h = self.conv(whole(self.norm, x))
+        h = through(partial(whole, self.norm), self.conv, x)
         if self.resample == "down":
             x = mean_pool(x, self.size)
         early = self.training and self.dropout.p > 0
         if self.resample == "up" and early:
             x, h = repeat(x, self.size), repeat(h, self.size)
-        if scale_shift:
-            h = whole(self.film_norm, h, film)
-        else:
-            h = whole(self.film_norm, h + film.to(h.dtype).view(len(film), 1, 1, 1, -1))
-        x = self.out(self.dropout(h), residual=self.skip(x))
+        if not scale_shift:
+            h, film = h + film.to(h.dtype).view(len(film), 1, 1, 1, -1), None
+        x = through(
+            partial(whole, self.film_norm),
+            lambda y: self.out(self.dropout(y), residual=self.skip(x)),
+            *(h, film),
+        )
         return repeat(x, self.size) if self.resample == "up" and not early else x
 
 
 def whole(norm: GroupNorm, x: Tensor, film: Tensor | None = None) -> Tensor:
     """The norm of [B, ..., C] with statistics over all axes but the batch."""
     return norm(x.reshape(x.shape[0], -1, 1, x.shape[-1]), film).view(x.shape)
+
+
+def through(
+    make: Callable[..., Tensor], use: Callable[[Tensor], Tensor], *given: Tensor | None
+) -> Tensor:
+    """use(make(*given)); in the backward pass the tensor between is made again, not kept.
+
+    For what is large and soon made from what is kept anyway: the results of norms are 30 % of all
+    that a network would keep.
+    """
+    x = make(*given)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers see to it
+        return use(x)
+    storage, size = x.untyped_storage()._cdata, x.numel()
+
+    def pack(kept: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        same = kept.untyped_storage()._cdata == storage and kept.numel() == size
+        return (kept.shape, kept.stride()) if same else kept
+
+    def unpack(kept: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return make(*(v if v is None else v.detach() for v in given)).as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return use(x)
 
 
 class ResBlock(nn.Module):

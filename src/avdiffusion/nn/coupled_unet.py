@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as again
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
 from avdiffusion.nn.blocks import (
@@ -21,6 +21,7 @@ from avdiffusion.nn.blocks import (
     zeroed,
 )
 from avdiffusion.nn.norm import GroupNorm
+from avdiffusion.nn.recompute import chosen
 
 
 class Stage(nn.Module):
@@ -69,7 +70,8 @@ class CoupledUNet(nn.Module):
     cross-attention in order of the forward pass, from 0 to the maximum that `shift_ranges` gives;
     None means no shift. Random ones are the caller's to draw: dropout aside, the network is a
     function of its arguments. `out_factor=2` doubles the output channels, prediction first, then
-    variance.
+    variance. `checkpoint`: whether all stages are computed again in the backward pass instead of
+    kept in memory, or how many GiB may be kept, beyond which stages are.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class CoupledUNet(nn.Module):
         scale_shift_norm: bool = True,
         audio_rate: int = 4,
         out_factor: int = 1,
-        checkpoint: bool = False,
+        checkpoint: bool | float = False,
     ):
         super().__init__()
         if len(cross_attention_windows) != len(cross_attention_resolutions):
@@ -103,6 +105,7 @@ class CoupledUNet(nn.Module):
         self.channels, self.audio_rate = channels, audio_rate
         self.levels = len(channel_mult)
         self.checkpoint, self.shifting = checkpoint, cross_attention_shift
+        self.plans: dict[tuple, set[Stage]] = {}  # what is recomputed, by shapes
         windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
 
         def res(inputs, outputs, dilation, resample=None):
@@ -192,37 +195,85 @@ class CoupledUNet(nn.Module):
     def shifts(self, stage: Stage) -> bool:
         return self.shifting and stage.cross is not None and stage.cross.window is not None
 
+    @property
+    def deepest(self) -> int:
+        """The largest `depth`: all stages but those in the middle."""
+        return len(self.encoder)
+
     def forward(
-        self, video: Tensor, audio: Tensor, *, time: Tensor, shifts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        video: Tensor,
+        audio: Tensor,
+        *,
+        time: Tensor,
+        shifts: Tensor | None = None,
+        depth: int | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The prediction for video and audio.
+
+        With `depth`, also what reaches the decoder's last `depth` + 1 stages from below. Given back
+        as `kept` on a later call, it stands for all that lies deeper, and the encoder's first
+        `depth` stages and those last ones alone are computed (DeepCache, Ma et al. 2023).
+        """
         self.check(video, audio, shifts)
         with full_precision(video.device.type):
             films = self.film(F.silu(self.time(time_embedding(time, self.channels))))
         films = iter(films.split([block.film_width for block in self.res_blocks()], dim=-1))
         shifts = iter(() if shifts is None else shifts.unbind())
 
-        def run(stage, video, audio):
+        plan = []
+        for stage in self.stages():
             film = [next(films)] if stage.up is None else [next(films), next(films)]
-            shift = next(shifts, None) if self.shifts(stage) else None
-            if self.checkpoint and torch.is_grad_enabled():
-                return recompute(stage, video, audio, film, shift, use_reentrant=False)
+            plan.append((stage, film, next(shifts, None) if self.shifts(stage) else None))
+        stages, shallow = len(self.encoder), kept is not None
+        down, middle, up = plan[:stages], plan[stages : stages + 2], plan[stages + 2 :]
+        if shallow:
+            down, middle, up = down[:depth], [], up[stages - depth :]
+
+        recomputed = self.recomputed(video, audio) if torch.is_grad_enabled() else ()
+
+        def run(stage, film, shift, video, audio):
+            if stage in recomputed:
+                return again(stage, video, audio, film, shift, use_reentrant=False)
             return stage(video, audio, film, shift)
 
         v = self.video_in(rearrange(video, "b c t h w -> b t h w c"))
         a = self.audio_in(rearrange(audio, "b c l -> b 1 1 l c"))
         skips = [(v, a)]
-        for stage in self.encoder:
-            v, a = run(stage, v, a)
+        for stage in down:
+            v, a = run(*stage, v, a)
             skips.append((v, a))
-        v, a = run(self.middle_in, v, a)
-        v, a = run(self.middle_out, v, a)
-        for stage in self.decoder:
+        for stage in middle:
+            v, a = run(*stage, v, a)
+        v, a = kept if shallow else (v, a)
+        for stage in up:
+            if len(skips) - 1 == depth:
+                kept = v, a
             v, a = (torch.cat(pair, dim=-1) for pair in zip((v, a), skips.pop(), strict=True))
-            v, a = run(stage, v, a)
+            v, a = run(*stage, v, a)
 
         v = self.video_out(whole(self.video_norm, v))
         a = rearrange(self.audio_out(whole(self.audio_norm, a)), "b 1 1 l c -> b c l")
-        return v.to(video.dtype), a.to(audio.dtype).contiguous()
+        out = v.to(video.dtype), a.to(audio.dtype).contiguous()
+        return out if depth is None or shallow else (*out, *kept)
+
+    def recomputed(self, video: Tensor, audio: Tensor) -> set[Stage]:
+        """The stages that `checkpoint` has computed again in the backward pass of such inputs."""
+        if isinstance(self.checkpoint, bool) or video.is_meta:
+            return set(self.stages()) if self.checkpoint is True else set()
+        case = video.shape, audio.shape, torch.is_autocast_enabled(video.device.type)
+        if case not in self.plans:
+            self.plans[case] = set()
+
+            def dry() -> tuple[Tensor, ...]:
+                clip = (
+                    torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (video, audio)
+                )
+                return self(*clip, time=torch.empty(len(video), device=video.device))
+
+            self.plans[case] = chosen(list(self.stages()), dry, self.checkpoint * 2**30)
+        return self.plans[case]
 
     def check(self, video: Tensor, audio: Tensor, shifts: Tensor | None) -> None:
         """Refuses sizes that the levels do not divide."""

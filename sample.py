@@ -5,6 +5,7 @@ python sample.py ckpt=best num=64 seed=1 out=clips       # of the newest run
 python sample.py ckpt=last.ckpt sampler=dpm_solver_2m sampler.steps=15 "save=[mp4,gif]"
 python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" given=CLIPS "known=[audio]"
 python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" seconds=10
+python sample.py ckpt=RUN_FOLDER num=1024 precision=bf16-mixed compile=true reuse.interval=2
 torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 """
 
@@ -20,16 +21,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import distributed
 from tqdm import tqdm
 
-from avdiffusion import checkpoint
+from avdiffusion import checkpoint, memory
 from avdiffusion.data.given import Given
 from avdiffusion.spread import gathered, share
-from avdiffusion.writer import ClipWriter, Kept
+from avdiffusion.systems.step import Step
+from avdiffusion.writer import Behind, ClipWriter, Kept
 
 log = logging.getLogger("avdiffusion")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def sample(config: DictConfig) -> None:
+    memory.keep_freed()
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     path = checkpoint.find(config.ckpt)
@@ -43,12 +46,19 @@ def sample(config: DictConfig) -> None:
     index = list(range(num)) if config.index is None else list(config.index)
     if not index or not all(isinstance(i, int) and i >= 0 for i in index):
         raise ValueError(f"num={num} and index={config.index} name no samples: 0, 1, 2, ...")
+    step = Step(
+        precision=config.precision,
+        compile=config.compile,
+        capture=config.capture,
+        **config.reuse,
+    )
     options = {
         "seed": config.seed,
         "given": given,
         "seconds": config.seconds if given is None else None,
         "overlap": config.overlap,
         "micro_batch": config.micro_batch,
+        "step": step,
     }
     system.samples([], **options)  # what is wrong with them is said before anything is written
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -69,6 +79,7 @@ def sample(config: DictConfig) -> None:
                 "seed": config.seed,
                 "micro_batch": config.micro_batch,
                 **asked(config),
+                **step.settings(),
                 **({"files": given.digest()} if given else {}),
             },
             info={
@@ -90,15 +101,23 @@ def sample(config: DictConfig) -> None:
         distributed.broadcast_object_list(shared)
         missing = shared[0]
     evaluations = []
-    with tqdm(
-        total=len(missing), unit="clip", disable=None if missing and not RANK else True
-    ) as bar:
+    with (
+        tqdm(
+            total=len(missing), unit="clip", disable=None if missing and not RANK else True
+        ) as bar,
+        Behind(writer and writer.add) as add,
+    ):
+
+        def progress():
+            bar.refresh()
+            add.check()
+
         size = config.micro_batch if system.sampler.together else 1
         own = share(missing, size, RANK, WORLD)
-        made = system.samples(own, progress=bar.refresh, **options)
+        made = system.samples(own, progress=progress, **options)
         for group, clips, calls in gathered(made, WORLD):
             if writer:
-                writer.add(group, clips, given and [Kept(**given.source(i)) for i in group])
+                add(group, clips, given and [Kept(**given.source(i)) for i in group])
             evaluations += [calls] * len(group)
             bar.update(len(group))
     if WORLD > 1:

@@ -6,6 +6,7 @@ python train.py exp=landscape strategy=ddp trainer.devices=8
 python train.py exp=landscape ckpt=auto                  # go on with the unfinished run
 python train.py exp=landscape ckpt=RUN_FOLDER            # a new run from its last checkpoint
 python train.py exp=landscape ckpt=landscape.ckpt        # or from converted weights
+python train.py exp=landscape compile=true               # made for this machine at the first step
 python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
 
@@ -24,6 +25,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from avdiffusion import checkpoint, launch, memory, run_folder
 from avdiffusion.callbacks.samples import SampleClips
 from avdiffusion.callbacks.stop import Stopped
+from avdiffusion.compiled import compile_in_place
 from avdiffusion.systems.resume import FitLoop
 from avdiffusion.writer import write_whole
 
@@ -31,6 +33,7 @@ log = logging.getLogger("avdiffusion")
 
 
 def train(config: DictConfig) -> float | None:
+    memory.keep_freed()
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Lightning's notes on devices and its other products, and on torch's internals.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -87,6 +90,7 @@ def train(config: DictConfig) -> float | None:
     if isinstance(config.trainer.limit_val_batches, int):
         trainer.limit_val_batches *= trainer.accumulate_grad_batches
     FitLoop.replace(trainer)
+    compile_in_place(system.model.net, config.compile, trainer.strategy.root_device.type)
     if first:
         _held = run_folder.hold(folder)  # until training ends
         write_whole(folder / run_folder.CONFIG, OmegaConf.to_yaml(plain).encode())

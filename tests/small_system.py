@@ -4,7 +4,6 @@ from functools import partial
 
 import pytorch_lightning as pl
 import torch
-from ema_pytorch import EMA
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -12,6 +11,7 @@ from avdiffusion.data.module import DataModule
 from avdiffusion.diffusion.diffusion import Diffusion
 from avdiffusion.diffusion.path import DiscreteVP
 from avdiffusion.samplers.ddim import DDIM
+from avdiffusion.systems.average import EMA
 from avdiffusion.systems.diffusion import DiffusionSystem
 
 SHAPES = {"video": [3, 4, 4, 4], "audio": [1, 32]}
@@ -65,9 +65,7 @@ def system(*, net=None, lr=1e-2, beta=0.9, target="v", seed=0, **options):
             "shapes": SHAPES,
             "rates": {"video": CLIP["fps"], "audio": CLIP["sample_rate"]},
             "optimizer": partial(torch.optim.AdamW, lr=lr, weight_decay=0.0),
-            "ema": partial(
-                EMA, beta=beta, update_every=1, update_after_step=0, include_online_model=False
-            ),
+            "ema": partial(EMA, beta=beta, inv_gamma=1.0, power=2 / 3),
             "sampler": DDIM(steps=5),
             "seed": seed,
             **options,

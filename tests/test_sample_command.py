@@ -163,6 +163,7 @@ CASES = {
         "known={{audio:[[0,0.1],[0.3,null]]}}",
         "seconds=given",
     ],
+    "kept features": ["sampler=ddim", "sampler.steps=6", "reuse.interval=2", "reuse.depth=1"],
     "other sampler": ["sampler=dpm_solver_2m", "sampler.steps=5", "guide=[threshold]"],
     "own steps": ["sampler=dpm_solver_pp", "sampler.atol=0.1", "sampler.rtol=0.2"],
 }
@@ -341,6 +342,10 @@ WRONG = {
     "no such file": [HOLD, GIVEN + "/none.mp4", KNOWN],
     "would be given the next time": [HOLD, GIVEN, KNOWN, "out={sources}/out"],
     "leaves out a condition, and this model has none": ["guide=[cfg]"],
+    "follows the gradient": [HOLD, GIVEN, KNOWN, "reuse.interval=2"],
+    "above this network's": ["reuse.interval=2", "reuse.depth=9"],
+    "not one of 32-true": ["precision=16"],
+    "on cpu": ["capture=true", "device=cpu"],
     "micro_batch=0": ["micro_batch=0"],
     "name no samples": ["num=0"],
     "index=[-1]": ["index=[-1]"],
@@ -361,6 +366,19 @@ def test_what_does_not_go_together_is_said_with_its_remedy(
         line = re.sub(rf"{word.partition('=')[0]}=\S+ ", "", line, count=1)
     assert said in refused(project, line)
     assert not (tmp_path / "none").exists()
+
+
+def test_how_the_network_is_called_is_part_of_what_samples_depend_on(project, command, tmp_path):
+    """Each word alone makes other samples, which no folder mixes."""
+    line = command(tmp_path / "out", "index=[1]", "precision=bf16-mixed", "reuse.interval=2")
+    assert project(line).status == 0
+    chosen = record(tmp_path / "out")["settings"]
+    assert chosen["precision"] == "bf16-mixed"
+    assert chosen["reuse"] == {"interval": 2, "depth": 2}
+    error = refused(project, line.replace("bf16-mixed", "32-true"))
+    assert 'precision: "bf16-mixed" there, null here' in error
+    error = refused(project, line.replace("reuse.interval=2", "reuse.interval=3"))
+    assert '(reuse: {"interval": 2, "depth": 2} there' in error
 
 
 @pytest.mark.slow

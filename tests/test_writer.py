@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from media_files import make_media
 from PIL import Image
 
 from avdiffusion import io
-from avdiffusion.writer import ClipWriter, Kept, pixels
+from avdiffusion.writer import Behind, ClipWriter, Kept, pixels
 
 av = pytest.importorskip("av")
 RATES = {"video": 10.0, "audio": 8000.0}
@@ -253,3 +255,69 @@ def test_killed_in_the_middle_leaves_no_partial_file(tmp_path, after, whole):
     w = ClipWriter(tmp_path, rates=RATES, settings={"seed": 0})
     assert not [f for f in tmp_path.iterdir() if f.name.startswith(".")]
     assert w.missing(range(3)) == ([0, 1, 2] if after == 0 else [1, 2])
+
+
+# ---------------------------------------------------------------------------------- in a thread
+
+
+def test_calls_are_made_behind_in_their_order_and_no_more_than_bound():
+    begun, go, done = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def slow(number):
+        begun.release()
+        assert go.acquire(timeout=60)
+        done.append((number, threading.current_thread()))
+
+    with Behind(slow, most=2) as behind:
+        behind(0)
+        behind(1)
+        assert begun.acquire(timeout=60)
+        assert done == []
+        third = threading.Thread(target=behind, args=(2,))
+        third.start()
+        third.join(0.05)
+        assert third.is_alive()  # two are waiting
+        go.release(3)
+        third.join(60)
+        assert not third.is_alive()
+    assert [number for number, _ in done] == [0, 1, 2]
+    assert threading.current_thread() not in {thread for _, thread in done}
+    assert not any(thread.is_alive() for _, thread in done)
+
+
+@pytest.mark.parametrize("where", ["check", "call", "end"])
+def test_what_fails_behind_is_raised_in_front(where):
+    def fail(number):
+        raise OSError(f"disk full at {number}")
+
+    def front():
+        with Behind(fail) as behind:
+            behind(0)
+            end = time.monotonic() + 60
+            while where != "end":
+                assert time.monotonic() < end
+                behind.check() if where == "check" else behind(1)
+
+    with pytest.raises(OSError, match="disk full at 0"):
+        front()
+
+
+def test_after_an_error_in_front_what_has_begun_is_ended_and_nothing_else_begun():
+    begun, go, done = threading.Event(), threading.Event(), []
+
+    def slow(number):
+        begun.set()
+        assert go.wait(60)
+        done.append(number)
+
+    def front():
+        with Behind(slow) as behind:
+            behind(0)
+            behind(1)
+            assert begun.wait(60)
+            threading.Timer(0.05, go.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        front()
+    assert done == [0]

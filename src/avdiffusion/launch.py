@@ -18,7 +18,7 @@ log = logging.getLogger("avdiffusion")
 # What may differ when a run goes on: where and on how many devices, and what is printed.
 FREE = ("ckpt", "paths", "logger", "strategy", "callbacks.progress", "trainer.devices")
 FREE += ("trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.default_root_dir")
-FREE += ("data.num_workers", "data.micro_batch")
+FREE += ("data.num_workers", "data.micro_batch", "compile")
 
 SWEEP = {"-m", "--multirun"}
 TELLING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}

@@ -3,7 +3,9 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -223,6 +225,37 @@ class ClipWriter:
         return next((path for path in paths if path.is_file()), None)
 
 
+class Behind:
+    """Context whose calls make those of `function`, one after another, in a thread of their own.
+
+    A call returns at once unless `most` are waiting. What has failed there is raised at the next
+    call, `check` or regular end, which waits for the rest; after an error none of that is begun.
+    """
+
+    def __init__(self, function: Callable[..., object], most: int = 2):
+        self.function, self.most = function, most
+        self.thread, self.waiting = ThreadPoolExecutor(1), deque()
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def __call__(self, *args: object) -> None:
+        while len(self.waiting) >= self.most:
+            self.waiting.popleft().result()
+        self.check()
+        self.waiting.append(self.thread.submit(self.function, *args))
+
+    def check(self) -> None:
+        """Raises what has failed."""
+        while self.waiting and self.waiting[0].done():
+            self.waiting.popleft().result()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.thread.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self.check()
+
+
 def pixels(video: Tensor) -> np.ndarray:
     """Video in [-1, 1] as uint8, rounded to the nearest level; values outside are clipped."""
     return ((video.float().nan_to_num(0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
@@ -247,7 +280,7 @@ def write_whole(path: Path, data: bytes) -> Path:
 def png(picture: Image.Image) -> bytes:
     """The picture as a PNG file."""
     buffer = BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", compress_level=3)  # 7 % larger than at best, 4 times sooner
     return buffer.getvalue()
 
 

@@ -1,9 +1,10 @@
-"""Power-function averages against their definition, computed by other means."""
+"""Averages against ema-pytorch and against their definition, computed by other means."""
 
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import ema_pytorch
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avdiffusion.systems.average import (
+    EMA,
     WIDEST,
     PowerEMA,
     coefficients,
@@ -54,6 +56,60 @@ def integral(function, low, high, parts=4000):
     x = np.linspace(low, high, 2 * parts + 1)
     y = function(x)
     return (high - low) / (6 * parts) * (y[0] + y[-1] + 4 * y[1::2].sum() + 2 * y[2:-1:2].sum())
+
+
+# ---------------------------------------------------------------------------- fixed decay
+
+PLAIN = {"inv_gamma": 9.0, "power": 1.0, "update_every": 1, "update_after_step": 0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {**PLAIN, "beta": 0.97},
+        {**PLAIN, "beta": 0.9, "min_value": 0.9},
+        {**PLAIN, "beta": 1.0},
+        {"beta": 0.999, "inv_gamma": 1.0, "power": 2 / 3, "update_every": 3}
+        | {"update_after_step": 10},
+    ],
+    ids=["warmup", "constant", "frozen", "sparse"],
+)
+def test_the_average_is_that_of_ema_pytorch_to_the_bit(options):
+    """Weights, counters and decays over a motion with all kinds of buffers, and after loading."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
+    ours = EMA(model, **options)
+    theirs = ema_pytorch.EMA(model, include_online_model=False, use_foreach=True, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for step in range(300):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+            model(torch.randn(4, 9))
+        if step == 150:  # as when a run goes on
+            state = ours.state_dict()
+            ours = EMA(model, **options)
+            ours.load_state_dict(state)
+        ours.update()
+        theirs.update()
+        assert ours.get_current_decay() == theirs.get_current_decay()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    moved = not torch.equal(ours.ema_model[0].weight, model[0].weight)
+    assert moved
+    assert ours.model is theirs.model is model
+
+
+def test_weights_that_modules_share_move_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    average = EMA(model, beta=0.5, min_value=0.5)
+    average.update()
+    start = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    average.update()
+    torch.testing.assert_close(average.ema_model[1].weight, start + 0.5)
 
 
 # --------------------------------------------------------------------------------- widths
@@ -128,6 +184,19 @@ class NoReading(TorchDispatchMode):
         name = func.overloadpacket._qualified_op_name
         assert name not in ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero"), name
         return func(*args, **(kwargs or {}))
+
+
+def test_an_update_on_the_meta_device_runs():
+    """Where nothing can be read."""
+    for kind in (EMA, PowerEMA):
+        model = Point().to("meta")
+        average = kind(model).to("meta")
+        with pytest.raises(RuntimeError, match="meta"):
+            int(average.step)
+        for _ in range(3):
+            average.update()
+        assert average.count == 3
+        assert average.get_current_decay() > 0
 
 
 def test_an_update_reads_no_tensor():

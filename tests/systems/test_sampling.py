@@ -244,10 +244,16 @@ def each_once(model, sampler, name):
 
 
 def all_of_them(model, sampler, name):
-    """Each of a few samplers with every guide, every sampler with the guides that say most."""
-    if name == "clamp" or (model == "small" and (sampler in FEW or name == "reconstruct, long")):
+    """A few samplers with every guide, all with the one whose samples depend on most.
+
+    The larger network: those of the configs with that guide, a few with a plain one.
+    """
+    most = name == "reconstruct, long"
+    if model == "small":
+        return most or sampler in FEW
+    if sampler in FEW and name == "clamp":
         return True
-    return SAMPLERS[sampler].together and (sampler == LEARNED or name == "reconstruct, long")
+    return SAMPLERS[sampler].together and (sampler == LEARNED or (sampler in CONFIGURED and most))
 
 
 # --------------------------------------------------------------------------------------- the tests
@@ -423,7 +429,9 @@ def difference(model, sampler, case, sizes=(1, 3, 8)):
     combinations(
         lambda model, sampler, name: model == "small" and name == "clamp" and sampler in CONFIGURED,
         lambda model, sampler, name: (
-            model == "small" or (name == "clamp" and sampler in CONFIGURED)
+            sampler in (FEW if model == "small" else CONFIGURED)
+            if name == "clamp"
+            else model == "small" and (sampler == "DDPM" or name == "reconstruct, long")
         ),
     ),
 )

@@ -1,12 +1,13 @@
 """A network on a Gaussian path: the training loss and the prediction of clean data."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from avdiffusion.diffusion.path import Path, posterior_mean, posterior_variance, rows
+from avdiffusion.diffusion.path import Path, posterior_mean, posterior_variance, rows, sent
 from avdiffusion.diffusion.target import TARGETS, det, scale_in
 from avdiffusion.diffusion.weight import Constant, Density, Uniform, Weight
 from avdiffusion.media import Media
@@ -75,13 +76,13 @@ class Diffusion(nn.Module):
         """
         alpha, sigma = self._levels(t)
         x = x0.map(lambda v, e, a, s: rows(a, v) * v + rows(s, v) * e, noise, alpha, sigma)
-        out, spread = self._run(x, t, alpha, sigma, cond)
+        out, spread = self._run(x, t, alpha, sigma, cond, self.net)
 
         def error(o, v, e, m, a, s):
             pair = self._pair(a, s)
             goal = rows(pair[0], v) * v + rows(pair[1], v) * e
             square = (o.float() - goal).square()
-            w = self.weight(a, s, det(a, s, pair)).to(v.device, torch.float32)
+            w = sent(self.weight(a, s, det(a, s, pair)), v.device, torch.float32)
             if m is None:
                 return w * square.flatten(1).mean(1)
             m = m.expand_as(square)
@@ -94,10 +95,15 @@ class Diffusion(nn.Module):
             losses.update({f"{name}_vb": value for name, value in bound.items()})
         return losses
 
-    def predict(self, x: Media, t: Tensor, cond: dict) -> Prediction:
-        """The prediction at one time for the whole batch; `t` is a float64 scalar on the CPU."""
+    def predict(
+        self, x: Media, t: Tensor, cond: dict, net: Callable[..., Any] | None = None
+    ) -> Prediction:
+        """The prediction at one time for the whole batch; `t` is a float64 scalar on the CPU.
+
+        `net`: another way to call the network than by itself.
+        """
         alpha, sigma = self._levels(t)
-        out, spread = self._run(x, t, alpha, sigma, cond)
+        out, spread = self._run(x, t, alpha, sigma, cond, net or self.net)
         return Prediction(*self._decode(x, out, alpha, sigma), spread)
 
     def _levels(self, t: Tensor | Media) -> tuple[Tensor, Tensor] | tuple[Media, Media]:
@@ -108,15 +114,19 @@ class Diffusion(nn.Module):
     def _pair(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return TARGETS[self.target](alpha, sigma, self.sigma_data)
 
-    def _run(self, x, t, alpha, sigma, cond) -> tuple[Media, Media | None]:
+    def _run(self, x, t, alpha, sigma, cond, net) -> tuple[Media, Media | None]:
         x = x.map(lambda v, a, s: v * rows(scale_in(a, s, self.sigma_data), v), alpha, sigma)
 
         def told(value: Tensor, t: Tensor) -> Tensor:
-            return self.path.embed(t).to(value.device, torch.float32).expand(len(value))
+            told = self.path.embed(t)
+            if told.dim():
+                return sent(told, value.device, torch.float32)
+            # A number is filled in where it is needed; a copy would wait for the device.
+            return torch.full((len(value),), float(told), dtype=torch.float32, device=value.device)
 
         first = next(iter(x.values()))
         time = tuple(x.map(told, t).values()) if isinstance(t, Media) else told(first, t)
-        out = self.net(*x.values(), time=time, **cond)
+        out = net(*x.values(), time=time, **cond)
         out = Media(zip(x, out if isinstance(out, tuple) else (out,), strict=True))
         if not self.learned_variance:
             return out, None

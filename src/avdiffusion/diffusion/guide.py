@@ -19,7 +19,8 @@ class Task(NamedTuple):
 
     `seeds`: of the system and of the samples. `decode`: from what is diffused to clips. `free`:
     the prediction under no condition, None where the model has none. `known`: given values of
-    what is diffused, `mask`: True where they are, `noise`: what they are noised with.
+    what is diffused, `mask`: True where they are, `noise`: what they are noised with. `call`: of a
+    network, how it is to be called.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     known: Media | None = None
     mask: Media | None = None
     noise: Media | None = None
+    call: Callable[[Any], Callable[..., Any]] = lambda net: net
 
 
 Guide = Callable[[Denoise, Task], Denoise]
@@ -179,13 +181,13 @@ class AutoGuidance:
     scale: float = 2.0
 
     def __call__(self, denoise: Denoise, task: Task) -> Denoise:
-        worse, checked = self.weak.denoise(task), False
+        worse = None
 
         def guided(x: Media, t: Tensor) -> Prediction:
-            nonlocal checked
-            if not checked:
+            nonlocal worse
+            if worse is None:
                 self._check(x, task)
-                checked = True
+                worse = self.weak.denoise(task)
             found, other = denoise(x, t), worse(x, t)
             # Both make x_t, and factors whose sum is 1 keep it so.
             return found._replace(

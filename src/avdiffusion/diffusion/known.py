@@ -50,6 +50,7 @@ class Reconstruct:
     cap: float = 10.0
 
     holds = True
+    gradient = True
 
     def __post_init__(self):
         if self.strength < 0 or self.cap <= 0:

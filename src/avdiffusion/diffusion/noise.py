@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from avdiffusion.diffusion.path import sent
 from avdiffusion.media import Media
 
 
@@ -23,7 +24,8 @@ class Noise:
 
     The n-th call of `like` gives sample i the same numbers whatever batch it is in, on any number
     of devices. They are drawn on `device` ("cpu" for the same numbers everywhere) and handed over
-    on the device and in the type of the tensor they resemble.
+    on the device and in the type of the tensor they resemble. Nothing waits for that device, so
+    the CPU draws the next ones while it works.
     """
 
     def __init__(
@@ -63,4 +65,4 @@ class Noise:
         for row, index in zip(out, self.index, strict=True):
             generator.manual_seed(key(self.seed, index, self.purpose, self.calls, stream))
             row.normal_(generator=generator)
-        return out.to(x.device, x.dtype)
+        return sent(out, x.device, x.dtype)

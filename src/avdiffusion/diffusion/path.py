@@ -171,4 +171,15 @@ def rows(value: Tensor, like: Tensor) -> Tensor:
     """A scalar as it is; [B] on `like`'s device, type and rank."""
     if value.dim() == 0:
         return value
-    return value.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+    return sent(value, like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def sent(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The CPU's tensor on a device, for whose work nobody waits.
+
+    Only from page-locked memory does CUDA copy beside its other work.
+    """
+    value = value.to(dtype=dtype or value.dtype)  # there would be no lock on what a copy converts
+    if value.is_cpu and device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=value.is_cpu)

@@ -1,14 +1,78 @@
-"""Averages of weights whose width is chosen after training (Karras et al. 2024a, section 3)."""
+"""Averages of weights: of a fixed decay, and of a width that is chosen after training.
+
+None of their updates waits for a device: what they count is kept on the host as well.
+"""
 
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import chain
 
+import ema_pytorch
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 WIDEST = 12**-0.5  # standard deviation of the plain mean of all steps, gamma = 0
+
+
+class EMA(ema_pytorch.EMA):
+    """ema-pytorch's average, to the bit, with its state: decay min(beta, 1 - (1 + n/gamma)^-power).
+
+    The defaults give the warm-up (1 + n) / (10 + n) after n updates. The library reads its counters
+    from the device at every update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        beta: float = 0.9999,
+        inv_gamma: float = 9.0,
+        power: float = 1.0,
+        min_value: float = 0.0,
+        update_every: int = 1,
+        update_after_step: int = 0,
+    ):
+        super().__init__(
+            model,
+            beta=beta,
+            inv_gamma=inv_gamma,
+            power=power,
+            min_value=min_value,
+            update_every=update_every,
+            update_after_step=update_after_step,
+            include_online_model=False,
+            use_foreach=True,
+        )
+        self.pair = Tensors(self.ema_model), Tensors(model)
+        self.count, self.begun = 0, False  # `step` and `initted`, where reading costs nothing
+        self.register_load_state_dict_post_hook(_recount)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Takes the model's present weights into the average."""
+        step = self.count
+        self.count += 1
+        self.step += 1
+        if self.begun and step % self.update_every:
+            return
+        if self.begun and step > self.update_after_step:
+            if not self.is_frozen:
+                weight = 1 - self.get_current_decay()
+                torch._foreach_lerp_(*(floats(each()) for each in self.pair), weight)
+            return
+        self.copy_params_from_model_to_ema()
+        self.initted.fill_(True)
+        self.begun = True
+
+    def get_current_decay(self) -> float:
+        """The decay of the last update, in float32 as the library has it."""
+        n = max(0, self.count - self.update_after_step - 1)
+        if n == 0:
+            return 0.0
+        n = torch.tensor(n, dtype=torch.float32, device="cpu")
+        value = 1 - (1 + n / self.inv_gamma) ** -self.power
+        return float(value.clamp(self.min_value, self.beta))
 
 
 class PowerEMA(nn.Module):
@@ -17,7 +81,7 @@ class PowerEMA(nn.Module):
     After t updates the weights of update tau <= t count as tau^gamma, whatever t: a profile keeps
     its shape while it stretches over the run. That is a moving average with decay
     (1 - 1/t)^(gamma + 1). The first one, `ema_model`, is what validation and sampling use; together
-    they span the others (`coefficients`). An update waits for no device.
+    they span the others (`coefficients`).
     """
 
     def __init__(self, model: nn.Module, *, sigma_rels: Sequence[float] = (0.05, 0.10)):
@@ -26,8 +90,10 @@ class PowerEMA(nn.Module):
             raise ValueError(f"sigma_rels={list(sigma_rels)} has to name widths, each once")
         self.gammas = [gamma(width) for width in sigma_rels]
         self.online = [model]  # in a list, so that it is no part of this module
+        self.source = Tensors(model)
         copies = [deepcopy(model).requires_grad_(False) for _ in sigma_rels]
         self.ema_model, self.others = copies[0], nn.ModuleList(copies[1:])
+        self.tracks = [Tensors(copy) for copy in copies]
         self.register_buffer("step", torch.tensor(0))
         self.count = 0  # the same number, where reading it costs nothing
         self.register_load_state_dict_post_hook(_recount)
@@ -37,26 +103,39 @@ class PowerEMA(nn.Module):
         """Takes the model's present weights into every average."""
         self.count += 1
         self.step += 1
-        online = _tensors(self.online[0])
-        floats = [k for k, value in enumerate(online) if value.is_floating_point()]
-        for exponent, average in zip(self.gammas, (self.ema_model, *self.others), strict=True):
-            kept = _tensors(average)
-            weight = 1 - decay(exponent, self.count)
-            torch._foreach_lerp_([kept[k] for k in floats], [online[k] for k in floats], weight)
-            for k in set(range(len(kept))).difference(floats):
-                kept[k].copy_(online[k])
+        online = self.source()
+        for exponent, track in zip(self.gammas, self.tracks, strict=True):
+            kept, weight = track(), 1 - decay(exponent, self.count)
+            torch._foreach_lerp_(floats(kept), floats(online), weight)
+            for mine, value in zip(kept, online, strict=True):
+                if not value.is_floating_point():
+                    mine.copy_(value)
 
     def get_current_decay(self) -> float:
         """The decay of `ema_model` in the last update."""
         return decay(self.gammas[0], max(1, self.count))
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return list(chain(model.parameters(), model.buffers()))
+class Tensors:
+    """A model's parameters and buffers as a list, without a walk through all modules each time."""
+
+    def __init__(self, model: nn.Module):
+        self.owners = [m for m in model.modules() if m._parameters or m._buffers]
+
+    def __call__(self) -> list[Tensor]:
+        kept = (chain(m._parameters.values(), m._buffers.values()) for m in self.owners)
+        found = [value for values in kept for value in values if value is not None]
+        return list(dict.fromkeys(found))  # those that modules share once
 
 
-def _recount(module: PowerEMA, _: object) -> None:
+def floats(tensors: list[Tensor]) -> list[Tensor]:
+    return [value for value in tensors if value.is_floating_point()]
+
+
+def _recount(module: EMA | PowerEMA, _: object) -> None:
     module.count = int(module.step)
+    if isinstance(module, EMA):
+        module.begun = bool(module.initted)
 
 
 def places(count: int) -> list[str]:

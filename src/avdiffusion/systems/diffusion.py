@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from ema_pytorch import EMA
+from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 
 from avdiffusion.diffusion.diffusion import Diffusion, Prediction
 from avdiffusion.diffusion.guide import Denoise, Guide, Task
 from avdiffusion.diffusion.noise import Noise, key
+from avdiffusion.diffusion.path import sent
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import Sampler
-from avdiffusion.systems.average import PowerEMA
+from avdiffusion.systems.average import EMA, PowerEMA
 from avdiffusion.systems.codec import Identity
 from avdiffusion.systems.resume import rewind, settle
+from avdiffusion.systems.step import Step
 from avdiffusion.systems.timeline import Blank, Part, Timeline
 
 FORMAT = 1  # of a checkpoint; raised when an older one can no longer be read as it is
@@ -82,6 +84,12 @@ class DiffusionSystem(pl.LightningModule):
 
     def training_step(self, batch: dict, _: int) -> dict:
         """The loss, with `losses` (of each modality and sample [B]) and times `t` [B] beside it."""
+        found = self.training_loss(batch)
+        self.log_losses("train", found["losses"], len(found["t"]))
+        return found
+
+    def training_loss(self, batch: dict) -> dict:
+        """What `training_step` returns, without a trainer that is told of it."""
         # Dropout is the one thing that draws from torch's own generator; with this it, too, is a
         # function of the position in training.
         torch.manual_seed(key(self.seed, "layers", batch["position"][0]))
@@ -90,7 +98,7 @@ class DiffusionSystem(pl.LightningModule):
         t = self.model.density(noise.uniform(), self.model.path)
         cond = self.shifts("train", self.global_step)
         losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
-        loss = self.log_losses("train", losses, len(t))
+        loss = self.total({name: value.mean() for name, value in losses.items()})
         # A loss that is not finite has no finite gradient on any device.
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         return {"loss": loss, "losses": {k: v.detach() for k, v in losses.items()}, "t": t}
@@ -160,7 +168,7 @@ class DiffusionSystem(pl.LightningModule):
             key(self.seed if seed is None else seed, "shift", *moment, block) % (limit + 1)
             for block, limit in enumerate(limits)
         ]
-        return {"shifts": torch.tensor(drawn, device=self.device)}
+        return {"shifts": sent(torch.tensor(drawn), self.device)}
 
     def configure_optimizers(self):
         optimizer = self.optimizer(self.model.parameters())
@@ -172,6 +180,22 @@ class DiffusionSystem(pl.LightningModule):
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         self.ema.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning, which refuses it for fused optimisers even where no gradient is scaled."""
+        plugin = self.trainer.precision_plugin
+        if plugin.precision == "bf16-mixed":
+            how = gradient_clip_algorithm or "norm"
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, how)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def on_train_start(self) -> None:
         schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs] or [None]
@@ -216,7 +240,12 @@ class DiffusionSystem(pl.LightningModule):
     def denoise(self, task: Task) -> Denoise:
         """The averaged model's prediction, with the window shifts of the task's seeds at each t."""
         model, (root, seed) = self.ema.ema_model.eval(), task.seeds
-        return lambda x, t: model.predict(x, t, self.shifts("sample", seed, float(t), seed=root))
+        net = task.call(model.net)
+
+        def predict(x: Media, t: Tensor) -> Prediction:
+            return model.predict(x, t, self.shifts("sample", seed, float(t), seed=root), net)
+
+        return predict
 
     def samples(
         self,
@@ -229,6 +258,7 @@ class DiffusionSystem(pl.LightningModule):
         seconds: float | None = None,
         overlap: int | None = None,
         micro_batch: int = 8,
+        step: Step | None = None,
         progress: Callable[[], object] | None = None,
     ) -> Iterator[Samples]:
         """Samples in about [-1, 1] on the CPU, `micro_batch` at a time.
@@ -241,7 +271,8 @@ class DiffusionSystem(pl.LightningModule):
         `given[i]` is what is known of sample i, which stays as it is; the guides have to hold it.
         Clips of more `seconds` than the model's, or given ones, are made window by window, each
         from `overlap` steps (of the slowest modality; half a window unless told) before what is
-        missing. `progress` is called after every state of the sampler.
+        missing. `step` says how the network is called, `progress` is called after every state of
+        the sampler.
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
@@ -260,8 +291,15 @@ class DiffusionSystem(pl.LightningModule):
                 "no guide holds what is given, or the end of the window before: add one, such as "
                 '"guide=[stored,reconstruct]"'
             )
+        if step and step.interval > 1 and any(getattr(g, "gradient", False) for g in guides):
+            raise ValueError(
+                "a guide here follows the gradient of the whole network, of which reuse.interval="
+                f"{step.interval} leaves out parts: use reuse.interval=1, or guide=[stored,replace]"
+            )
+        task = self.task._replace(seeds=(self.seed, seed))
+        task = task._replace(call=step) if step else task
         nothing = None if plain else Media()
-        self._guided(guides, self.task._replace(known=nothing, mask=nothing, noise=nothing))
+        self._guided(guides, task._replace(known=nothing, mask=nothing, noise=nothing))
 
         def clip(i: int) -> Timeline:
             part = blank if given is None else given[i]
@@ -269,7 +307,7 @@ class DiffusionSystem(pl.LightningModule):
 
         sampler = sampler or self.sampler
         size = micro_batch if sampler.together else 1
-        draw = partial(self._window, seed, sampler, guides, not plain, progress)
+        draw = partial(self._window, task, sampler, guides, not plain, progress)
         # An int of another type would be another key of the noise.
         return self._samples([int(i) for i in index], size, clip, draw)
 
@@ -312,7 +350,7 @@ class DiffusionSystem(pl.LightningModule):
 
     def _window(
         self,
-        seed: int,
+        task: Task,
         sampler: Sampler,
         guides: Sequence[Guide],
         known: bool,
@@ -325,10 +363,9 @@ class DiffusionSystem(pl.LightningModule):
 
         Also what the model by itself made of it at last, and how often it was asked.
         """
-        noise = Noise(seed, index, "sample")
+        noise = Noise(task.seeds[1], index, "sample")
         start = noise.fork("start").like(self.latent(len(index)))
         path = self.model.path
-        task = self.task._replace(seeds=(self.seed, seed))
         if known:
             task = task._replace(
                 known=self.codec.encode(values.to(self.device)),

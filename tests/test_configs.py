@@ -155,6 +155,7 @@ VARIANTS = {
     "avdiffusion.samplers.euler.Euler": {"grid", "shift"},  # on a flow
     "avdiffusion.data.module.DataModule": {"num_workers", "root"},
     "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part
+    "avdiffusion.data.windows.Windows": {"split", "flip"},
     "avdiffusion.data.toy.Toy": {"num", "seed"},
 }
 

@@ -144,6 +144,29 @@ def test_flash_and_beep_come_together(tmp_path):
     assert window["start"] + beep == pytest.approx(1, abs=2e-3)
 
 
+@pytest.mark.parametrize("times", [None, VARIABLE], ids=["constant", "variable"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_frames_before_a_window_that_nothing_needs_are_not_decoded(tmp_path, suffix, times):
+    """And nothing else is left out or comes out otherwise than when all are decoded."""
+    media = make_media(tmp_path / f"clip{suffix}", frame_times=times, seconds=3, gop=200)
+    with av.open(str(media.path)) as file:
+        everything = [(float(f.time), f.to_ndarray()) for f in file.decode(video=0)]
+    first = everything[0][0]
+    spared = 0
+    for start in first + np.arange(0, 2.8, 0.37):
+        with io.opened(media.path) as file:
+            stream = io.stream_of(file, "video")
+            found = [(time, frame.to_ndarray()) for time, frame in io.decoded(file, stream, start)]
+        last = max(time for time, _ in everything if time <= start)
+        assert found[0][0] <= last
+        needed = [(time, frame) for time, frame in everything if time >= last]
+        assert [time for time, _ in found if time >= last] == [time for time, _ in needed]
+        for (_, one), (_, other) in zip(found[-len(needed) :], needed, strict=True):
+            assert np.array_equal(one, other)
+        spared += len(everything) - len(found)
+    assert spared > 40
+
+
 @pytest.mark.slow
 def test_everything_with_everything(tmp_path):
     rates = cycle((8000, 11025, 16000, 22050, 32000, 44100, 48000))

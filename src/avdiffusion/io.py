@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from math import ceil, floor, gcd, inf
 from pathlib import Path
@@ -21,6 +22,7 @@ X264 = {"crf": "16", "bf": "0"}
 YUV = {"format": "yuv420p", "dst_colorspace": "ITU709", "dst_color_range": "MPEG"}
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 88200, 96000)
 LAYOUTS = ("mono", "stereo", "3.0", "4.0", "5.0", "5.1")  # of AAC, by count
+DECODER = 1  # raised when `read_window` comes to give other values for the same file
 EDGE = 0.05  # s; sound, coded in blocks, may end this much before the picture: silence is added
 GAP = 0.02  # s; a larger jump of the sound's timestamps is a hole, a smaller one is jitter
 PREROLL = 0.2  # s of sound decoded before a window: overlapping blocks and bit reservoirs
@@ -250,6 +252,7 @@ class _Scaler:
         return framed
 
 
+@cache
 def exact_bicubic():
     """Without its exact variants swscale is two levels too dark."""
     from av.video.reformatter import Interpolation as Flag
@@ -313,6 +316,8 @@ def _runs(blocks, gap):
 
 def _samples(frame):
     """float32 [C, n] of a decoded block in any of FFmpeg's sample formats."""
+    if frame.format.name == "fltp" and len(frame.planes) == 1:  # the same, in a third of the time
+        return np.frombuffer(frame.planes[0], np.float32, frame.samples)[None]
     block = frame.to_ndarray()
     if not frame.format.is_planar:
         block = rearrange(block, "1 (n c) -> c n", c=len(frame.layout.channels))
@@ -379,12 +384,16 @@ def stream_of(file, kind):
 
 
 def decoded(file, stream, start=-inf):
-    """(time, frame) in order, the first at or before `start`, or the very first.
+    """(time, frame) in order, the first at or before `start`, or the very first; those between it
+    and the last before `start` may be missing.
 
     Some containers seek too late and some not at all: then further back, and at last from the top.
     """
     import av
+    from av.stream import Discard
 
+    for other in file.streams:  # the demuxer passes over what is not read
+        other.discard = Discard.default if other is stream else Discard.all
     begins = float((stream.start_time or 0) * stream.time_base)
     start = max(start, begins - 1)  # a little early: AAC needs the block before the first
     for back in (0, 2, 10):
@@ -392,7 +401,7 @@ def decoded(file, stream, start=-inf):
             file.seek(floor((start - back) / stream.time_base), stream=stream)
         except av.FFmpegError:
             break
-        frames = _onwards(file, stream)
+        frames = _onwards(file, stream, start)
         first = next(frames, None)
         if first is not None and first[0] <= max(start, begins) + 1e-6:
             yield first
@@ -402,11 +411,12 @@ def decoded(file, stream, start=-inf):
         yield from _onwards(again, again.streams[stream.index])
 
 
-def _onwards(file, stream):
+def _onwards(file, stream, start=-inf):
     import av
 
     started = False
-    for packet in file.demux(stream):
+    numerator, denominator = stream.time_base.as_integer_ratio()
+    for packet in _sparing(file.demux(stream), stream, start):
         try:
             frames = packet.decode()
         except av.InvalidDataError:
@@ -417,7 +427,30 @@ def _onwards(file, stream):
             started = True
             if frame.pts is None:
                 raise MediaError("frames without times")
-            yield float(frame.pts * frame.time_base), frame
+            yield frame.pts * numerator / denominator, frame
+
+
+def _sparing(packets, stream, start):
+    """Packets, and word to the decoder which it need not decode: of H.264, before the last frame
+    at `start`, those that no other frame refers to."""
+    context, ahead, times = stream.codec_context, [], []
+    if context.name == "h264" and start > -inf:
+        tick = start / float(stream.time_base)
+        for packet in packets:
+            ahead.append(packet)
+            if packet.pts is None or packet.dts is None:
+                times.clear()
+                break
+            times.append(packet.pts)
+            if packet.dts > tick:  # all that are shown until then have come
+                break
+        shown = max((time for time in times if time <= tick), default=-inf)
+        for packet, time in zip(ahead, times, strict=False):
+            context.skip_frame = "NONREF" if time < shown else "DEFAULT"
+            yield packet
+        context.skip_frame = "DEFAULT"
+    yield from ahead[len(times) :]
+    yield from packets
 
 
 def _ends(file, streams):
@@ -507,7 +540,7 @@ def write_wav(path: str | Path, audio: np.ndarray, *, sample_rate: int) -> Path:
         file.setnchannels(audio.shape[0])
         file.setsampwidth(2)
         file.setframerate(sample_rate)
-        file.writeframes(_pcm16(audio).T.tobytes())
+        file.writeframes(pcm16(audio).T.tobytes())
     return Path(path)
 
 
@@ -646,8 +679,11 @@ def _checked_audio(audio, most=2):
     return np.clip(audio, -1, 1)
 
 
-def _pcm16(audio):
-    """As `_samples` reads it: what was read from 16-bit PCM is written as it was."""
+def pcm16(audio: np.ndarray) -> np.ndarray:
+    """float [-1, 1] as int16, to the nearest level and clipped to the last one: 1 is 32767.
+
+    As `_samples` reads it: what was read from 16-bit PCM is written as it was.
+    """
     return np.clip(np.round(audio * 32768), -32768, 32767).astype("<i2")
 
 

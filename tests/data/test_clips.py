@@ -67,7 +67,7 @@ def test_items(folder):
     assert item["video"].shape == (3, 8, 16, 32)
     assert item["video"].dtype == torch.uint8
     assert item["audio"].shape == (1, 12800)
-    assert item["audio"].dtype == torch.float32
+    assert item["audio"].dtype == torch.int16
     again = clips[3]
     assert item["index"] == again["index"] == 3
     assert torch.equal(item["video"], again["video"])
@@ -169,11 +169,33 @@ def test_loudness(tmp_path):
     gains = {}
     for (file, _), item in zip(clips.windows, clips, strict=True):
         name = clips.files[file].removesuffix(".wav")
-        gains[name] = item["audio"].square().mean().sqrt().item() * 2**0.5 / levels[name]
+        gains[name] = (item["audio"] / 32768).square().mean().sqrt().item() * 2**0.5 / levels[name]
     assert gains["quiet"] == pytest.approx(10 ** (-20 / 20) * 2**0.5 / 1e-2, rel=0.02)
     assert gains["faint"] == pytest.approx(10 ** (30 / 20), rel=0.1)  # no more than 30 dB
-    for item in Clips(tmp_path, loudness=3, **read):
-        assert item["audio"].abs().max() <= 1
+    full = Clips(tmp_path, loudness=3, **read)
+    peaks = {
+        full.files[n]: int(full[i]["audio"].int().abs().max())
+        for i, (n, _) in enumerate(full.windows)
+    }
+    assert 32766 <= peaks["loud.wav"] <= 32768  # full scale, and no further
+    assert peaks["faint.wav"] < 300
+
+
+def test_sound_is_the_nearest_level_after_its_gain(tmp_path):
+    wave = 0.3 * np.sin(0.05 * np.arange(8000))[None]
+    io.write_wav(tmp_path / "a.wav", wave, sample_rate=16000)
+    read = {"split": "all", "modalities": ["audio"], "samples": 8000}
+    plain = Clips(tmp_path, **read)[0]["audio"].numpy()
+    assert (
+        plain == np.round(np.float32(wave) * 32768)
+    ).all()  # what 16-bit PCM holds comes as it is
+    stored = io.read_window(
+        tmp_path / "a.wav", 0, sample_rate=16000, samples=8000, modalities=["audio"]
+    )["audio"]
+    gain = 10 ** (-6 / 20) / np.sqrt(np.mean(np.square(stored.astype(np.float64))))
+    levelled = Clips(tmp_path, loudness=-6, **read)[0]["audio"].numpy()
+    gain = min(gain, 1 / np.abs(stored).max())
+    assert np.abs(levelled - gain * stored.astype(np.float64) * 32768).max() < 0.51
 
 
 def test_bad_files_are_refused_in_one_line(bad_folder):

@@ -6,8 +6,9 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import monotonic
 
@@ -117,7 +118,7 @@ def environment(trainer: pl.Trainer) -> dict:
         "git_commit": _git(root, "rev-parse", "HEAD"),
         "git_dirty": bool(_git(root, "status", "--porcelain")),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": dict(_versions(packages)),
         "cuda": torch.version.cuda,
         "devices": devices or [f"{platform.processor() or platform.machine()}"],
         "processes": trainer.world_size,
@@ -125,6 +126,12 @@ def environment(trainer: pl.Trainer) -> dict:
         "host": platform.node(),
         "system": platform.platform(),
     }
+
+
+def _versions(packages):
+    for name in packages:
+        with suppress(PackageNotFoundError):  # kept windows need no av
+            yield name, version(name)
 
 
 def _git(root, *words):

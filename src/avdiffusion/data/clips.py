@@ -1,17 +1,20 @@
 """Windows of picture and sound from a folder of media files."""
 
-import hashlib
+import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from avdiffusion.data.index import build_index
-from avdiffusion.io import MediaError, read_window
+from avdiffusion.data.index import build_index, cache_folder, digest, side
+from avdiffusion.data.windows import KeptFile, Windows, as_item, keep, spread
+from avdiffusion.io import DECODER, MediaError, pcm16, read_window
 
 MAX_GAIN = 30.0  # dB: the noise of a pause is not to become a storm
 log = logging.getLogger(__name__)
@@ -39,7 +42,11 @@ class Clips:
 
     `[i]` is one of the windows that divide the files evenly, always the same. `draw(i, rng)` is a
     random window of the same file, mirrored with probability `flip` (and stereo with it). Items:
-    `video` uint8 [3, T, H, W], `audio` float32 [C, L] in [-1, 1], `index`.
+    `video` uint8 [3, T, H, W], `audio` int16 [C, L] (full scale 32768), `index`.
+
+    With `keep` every window is decoded once, into a folder of `cache`, and read from there ever
+    after. The fixed windows are the same to the bit; `draw` then chooses among those kept of the
+    file, which begin about `hop` seconds apart, by default the length of a window.
 
     `loudness` (dB of full scale) is the RMS level each window is brought to, by at most 30 dB and
     without clipping. A file is in `val` by a hash of its path below `root`, so it stays there when
@@ -64,10 +71,13 @@ class Clips:
         flip: float = 0.5,
         loudness: float | None = None,
         on_bad: str = "error",
+        keep: bool = False,
+        hop: float | None = None,
         cache: str | Path | None = None,
         index_workers: int | None = None,
     ):
-        _one_of("split", split, ("train", "val", "all"))
+        if hop is not None and hop <= 0:
+            raise ValueError(f"hop={hop} has to be above 0")
         _one_of("channels", channels, (1, 2))
         _one_of("fit", fit, ("crop", "letterbox"))
         _one_of("on_bad", on_bad, ("error", "skip"))
@@ -95,12 +105,17 @@ class Clips:
             others = f" ({len(index.ignored)} other files)" if index.ignored else ""
             raise FileNotFoundError(f"no audio or video files in {self.root}{others}")
         usable = self._usable(index, seconds)
-        side = _side({entry.path for entry in usable}, split, val_fraction, self.root)
-        self.files, self.windows, self._spans = [], [], []
+        chosen = side({entry.path for entry in usable}, split, val_fraction, self.root)
+        self.files, self.windows, self._spans, self._kept = [], [], [], None
         for entry in usable:
-            if entry.path in side:
-                self._spread(entry, seconds)
+            if entry.path in chosen:
+                start, room = self._span(entry, seconds)
+                starts, _ = spread(start, room, seconds)
+                self.windows += [(len(self.files), s) for s in starts]
+                self._spans.append((start, room))
                 self.files.append(entry.path)
+        if keep:
+            self._kept = self._keep(usable, seconds, hop, cache, index_workers, split, val_fraction)
         # in shared memory: the workers of a loader tell each other and the main process
         self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
         if self._bad:
@@ -122,15 +137,47 @@ class Clips:
             )
         return usable
 
-    def _spread(self, entry, seconds):
-        """Where the windows of one file may start, and its fixed ones: (file number, start)."""
+    def _span(self, entry, seconds):
+        """The first start of a window in a file, and how much later the last one may be."""
         start, end = entry.info.span(self.request["modalities"])
         snapping = 0.5 / self.request["fps"] if "fps" in self.request else 0
-        room = max(0.0, end - start - seconds - snapping)
-        count = 1 + int(room / seconds)
-        starts = np.linspace(start, start + room, count) if count > 1 else [start + room / 2]
-        self.windows += [(len(self.files), float(s)) for s in starts]
-        self._spans.append((start, room))
+        return start, max(0.0, end - start - seconds - snapping)
+
+    def _keep(self, usable, seconds, hop, cache, workers, split, val_fraction):
+        """The dataset of kept windows; both sides of a split share one folder."""
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in self.request.items()}
+        settings |= {"loudness": self.loudness, "hop": hop, "decoder": [DECODER, version("av")]}
+        for name in {"fps", "loudness", "hop"} & settings.keys():  # -20 is -20.0
+            settings[name] = settings[name] and float(settings[name])
+        family = f"windows-{digest(os.path.realpath(self.root))}"
+        folder = cache_folder(cache) / f"{family}-{digest(json.dumps(settings))}"
+        files = [
+            KeptFile(e.path, e.size, e.mtime, *spread(*self._span(e, seconds), seconds, hop))
+            for e in usable
+        ]
+        keep(
+            folder,
+            files,
+            settings,
+            self._window,
+            root=self.root,
+            on_bad=self.on_bad,
+            workers=workers,
+        )
+        for other in sorted(folder.parent.glob(f"{family}-*")):
+            if other != folder:
+                size = sum(file.stat().st_size for file in other.iterdir()) / 1e9
+                log.info("windows with other settings, %.2f GB, lie in %s", size, other)
+        shape = {k: v for k, v in self.request.items() if k not in ("modalities", "fit")}
+        kept = Windows(folder, split=split, val_fraction=val_fraction, flip=self.flip, **shape)
+        if kept.bad and self.on_bad == "error":
+            raise ValueError(
+                f"{len(kept.bad)} of {len(files)} files in {self.root} cannot be used: "
+                f"{_listed(kept.bad)}; data.train.on_bad=skip leaves them out"
+            )
+        self._bad, self._used = self._bad + kept.bad, self._used - len(kept.bad)
+        self.files, self.windows = kept.files, kept.windows
+        return kept
 
     @property
     def report(self) -> Report:
@@ -145,6 +192,8 @@ class Clips:
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
+        if self._kept is not None:
+            return self._kept[i]
         for j in range(len(self)):
             number = (i + j) % len(self)
             item = self._read(number, self.windows[number][1], False)
@@ -154,6 +203,8 @@ class Clips:
 
     def draw(self, i: int, rng: np.random.Generator) -> dict:
         """A random window of the file of window i; if that is broken and skipped, of another's."""
+        if self._kept is not None:
+            return self._kept.draw(i, rng)
         for _ in range(len(self) + 100):
             start, room = self._spans[self.windows[i][0]]
             place, coin = rng.random(2)
@@ -163,26 +214,27 @@ class Clips:
             i = int(rng.integers(len(self)))
         raise MediaError(f"the files of {self.root} have become unreadable")
 
-    def _read(self, i, start, mirrored):
+    def _read(self, i, start, mirror):
         number = self.windows[i][0]
         if self._broken[number]:
             return None
         try:
-            window = read_window(self.root / self.files[number], start, **self.request)
+            window = self._window(self.files[number], start)
         except (MediaError, OSError) as error:
             if self.on_bad == "error":
                 raise
             self._broken[number] = True
             log.warning("left out from now on, other clips take its place: %s", error)
             return None
-        item = {"index": i}
-        if "video" in window:
-            video = window["video"][..., ::-1] if mirrored else window["video"]
-            item["video"] = torch.from_numpy(np.ascontiguousarray(video))
+        return as_item(i, window, mirror)
+
+    def _window(self, path, start):
+        """Arrays of one window: `video` uint8, `audio` int16, levelled before it is rounded."""
+        window = read_window(self.root / path, start, **self.request)
+        window.pop("start")
         if "audio" in window:
-            audio = torch.from_numpy(_levelled(window["audio"], self.loudness))
-            item["audio"] = audio.flip(0) if mirrored and "video" in window else audio
-        return item
+            window["audio"] = pcm16(_levelled(window["audio"], self.loudness))
+        return window
 
 
 def _levelled(audio, loudness):
@@ -191,26 +243,6 @@ def _levelled(audio, loudness):
         return audio
     level = 10 * np.log10(np.mean(np.square(audio, dtype=np.float64)))
     return audio * np.float32(min(10 ** (min(loudness - level, MAX_GAIN) / 20), 1 / peak))
-
-
-def _side(paths, split, val_fraction, root):
-    """The paths of one side, never none of two files with a fraction between 0 and 1."""
-    if split == "all":
-        return paths
-    place = {
-        path: int(hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest(), 16) / 2**256
-        for path in paths
-    }
-    ordered = sorted(paths, key=place.get)
-    count = sum(place[path] < val_fraction for path in ordered)
-    if 0 < val_fraction < 1:
-        count = min(max(count, 1), len(ordered) - 1)
-    side = set(ordered[:count] if split == "val" else ordered[count:])
-    if not side:
-        raise ValueError(
-            f"of {len(paths)} files in {root} none is left for {split} at {val_fraction=:g}"
-        )
-    return side
 
 
 def _listed(bad, most=3):

@@ -68,7 +68,7 @@ def build_index(
     """
     root = Path(root)
     media, ignored = _files(root)
-    store = _cache_folder(cache) / f"index-{_digest(os.path.realpath(root))}.json"
+    store = cache_folder(cache) / f"index-{digest(os.path.realpath(root))}.json"
     known = _stored(store)
     stats = {path: (root / path).stat() for path in media}
     entries = {
@@ -104,6 +104,40 @@ def examined(root: Path, path: str, stat: os.stat_result) -> Entry:
     return Entry(path, stat.st_size, stat.st_mtime_ns, **facts)
 
 
+def side(paths: set[str], split: str, val_fraction: float, root: Path) -> set[str]:
+    """The paths of one side, never none of two files with a fraction between 0 and 1."""
+    if split not in ("train", "val", "all"):
+        raise ValueError(f"split is one of train, val, all, not {split}")
+    if split == "all":
+        return paths
+    place = {
+        path: int(hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest(), 16) / 2**256
+        for path in paths
+    }
+    ordered = sorted(paths, key=place.get)
+    count = sum(place[path] < val_fraction for path in ordered)
+    if 0 < val_fraction < 1:
+        count = min(max(count, 1), len(ordered) - 1)
+    chosen = set(ordered[:count] if split == "val" else ordered[count:])
+    if not chosen:
+        raise ValueError(
+            f"of {len(paths)} files in {root} none is left for {split} at {val_fraction=:g}"
+        )
+    return chosen
+
+
+def cache_folder(cache: str | Path | None) -> Path:
+    """The folder asked for, by default the user's."""
+    if cache is not None:
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avdiffusion"
+
+
+def digest(text: str) -> str:
+    """16 hexadecimal digits that tell texts apart."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def _files(root):
     """Paths below `root`, also through links: media files, and others; dot files are left out."""
     media, others, seen = [], [], set()
@@ -119,16 +153,6 @@ def _files(root):
                 path = Path(folder, name).relative_to(root).as_posix()
                 (media if MEDIA.search(name) else others).append(path)
     return sorted(media), sorted(others)
-
-
-def _cache_folder(cache):
-    if cache is not None:
-        return Path(cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avdiffusion"
-
-
-def _digest(text):
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _stored(path):

@@ -102,6 +102,7 @@ class PeakMemory:
         else:
             self.done.set()
             self.watch.join()
+            self.peak = max(self.peak, resident())
         self.mib = (self.peak - self.start) / 2**20
 
 

@@ -21,7 +21,7 @@ def compile_in_place(net: nn.Module, how: bool | str, device: str) -> None:
     `how`: true or a mode of torch.compile. Keys of the state stay as they are. A copy that was made
     before, such as an average, is not compiled. Raises ValueError where kernels cannot be made.
     """
-    if how is not False:
+    if how:
         net.compile(dynamic=False, mode=_mode(how, device))
 
 

@@ -34,15 +34,17 @@ def advice(config: Mapping, devices: int) -> str:
     data, trainer, model = config["data"], config["trainer"], config["model"]
     share = data["micro_batch"] or data["batch_size"] // devices
     checkpointing = model["diffusion"]["net"].get("checkpoint")
-    recomputed = "off" if checkpointing is False else checkpointing
+    recomputed = f"{checkpointing} GiB"
+    if checkpointing is None or isinstance(checkpointing, bool):
+        recomputed = "on" if checkpointing else "off"
     height, width = data["size"]
     steps = []
     if share > 1:
         steps.append(f"data.micro_batch={max(1, share // 2)} (the same training, more slowly)")
-    if checkpointing not in (True, None):
+    if checkpointing is not True and checkpointing is not None:  # 1 GiB is no True
         steps.append(
-            "model.diffusion.net.checkpoint=true, or the GiB of activations that may be kept (the "
-            "same, at most a quarter slower)"
+            "model.diffusion.net.checkpoint=true, or the GiB of activations to keep "
+            "(the same, up to a third slower)"
         )
     if str(trainer["precision"]).startswith("32") and trainer["accelerator"] != "cpu":
         steps.append("trainer.precision=bf16-mixed")

@@ -188,9 +188,9 @@ def held(config: Mapping[str, Any], devices: int) -> tuple[int, int]:
     return micro, share // micro
 
 
-def measure(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Seconds of the parts of a micro-batch on one device, its peak memory, and of sampling."""
-    micro, _ = held(config, 1)
+def measure(config: Mapping[str, Any], device: torch.device, devices: int = 1) -> dict[str, Any]:
+    """Seconds of the parts of one device's micro-batch, its peak memory, and of sampling."""
+    micro, _ = held(config, devices)
     try:
         start, room = peak(device), free(device)
         trial = Trial(config, device)
@@ -204,7 +204,7 @@ def measure(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         needed = fixed + micro * (memory - fixed)
         if needed > room:
             raise ValueError(
-                f"{advice(config, 1)} (it would take {needed / 2**30:.1f} GiB, and "
+                f"{advice(config, devices)} (it would take {needed / 2**30:.1f} GiB, and "
                 f"{room / 2**30:.1f} GiB are free)"
             )
         count = micro if took * micro < PATIENCE else 1
@@ -219,7 +219,7 @@ def measure(config: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         evaluation = min(trial.sample(batch) for _ in range(repeats)) / batch
     except (RuntimeError, MemoryError) as error:
         if ran_out(error):
-            raise ValueError(advice(config, 1)) from error
+            raise ValueError(advice(config, devices)) from error
         raise
     system = trial.system
     return {
@@ -241,11 +241,11 @@ def report(
 ) -> str:
     """The plan as text."""
     shares = [held(config, count) for count in devices]
-    found = measure(config, device)
+    found = measure(config, device, min(devices))
     forward, both = flops(config)
     spans, micro = found["spans"], found["micro"]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    mode = "eager" if config["compile"] is False else "compiled"
+    mode = "compiled" if config["compile"] else "eager"
     lines = [
         f"{config['name']} on {name}, {config['trainer']['precision']}, {mode}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",

@@ -1,5 +1,7 @@
 """Single blocks against recorded figures of the published ones and against plain definitions."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
-from avdiffusion.nn.blocks import ResBlock, mean_pool
+from avdiffusion.nn.blocks import ResBlock, checkpointed, mean_pool, through
 from avdiffusion.nn.coupled_unet import Stage
 from avdiffusion.nn.norm import GroupNorm, norm_groups
 
@@ -201,3 +203,21 @@ def test_group_norm_and_its_gradient_are_those_of_torch(channels, silu, modulate
 def test_norm_groups_divide_and_stay_at_most_32():
     expected = {1: 1, 7: 7, 16: 16, 32: 32, 48: 24, 66: 22, 128: 32, 896: 32}
     assert {channels: norm_groups(channels) for channels in expected} == expected
+
+
+def test_of_what_is_computed_again_nothing_is_kept_between():
+    """Not even what `through` would make its own tensor from."""
+    between = []
+
+    def function(x):
+        h = x.exp()
+        between.append(weakref.ref(h))
+        return through(torch.cos, torch.sin, h)
+
+    x = torch.ones(3, requires_grad=True)
+    plain = function(x)
+    assert between[0]() is not None
+    y = checkpointed(function, x)
+    assert between[1]() is None
+    found, expected = (torch.autograd.grad(each.sum(), x)[0] for each in (y, plain))
+    assert torch.equal(found, expected)

@@ -200,15 +200,24 @@ def test_a_graph_is_captured_after_a_warm_up_beside(monkeypatch):
     ]
 
 
-def test_a_network_that_cannot_be_captured_is_named_with_the_remedy(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (torch.AcceleratorError("operation not permitted when stream is capturing"), ValueError),
+        (RuntimeError("Cannot copy between CPU and CUDA tensors during capture"), ValueError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+)
+def test_a_network_that_cannot_be_captured_is_named_with_the_remedy(monkeypatch, error, raised):
     driver = Driver(monkeypatch)
 
     def function():
         if driver.said.count("graph (") > 0:
-            raise torch.AcceleratorError("operation not permitted when stream is capturing")
+            raise error
         return (torch.ones(2),)
 
-    with pytest.raises(ValueError, match="use capture=false"):
+    said = "use capture=false" if raised is ValueError else "out of memory"
+    with pytest.raises(raised, match=said):
         cuda_graph(function)
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -166,8 +167,9 @@ class Clips:
         )
         for other in sorted(folder.parent.glob(f"{family}-*")):
             if other != folder:
-                size = sum(file.stat().st_size for file in other.iterdir()) / 1e9
-                log.info("windows with other settings, %.2f GB, lie in %s", size, other)
+                with suppress(OSError):  # another process may be building there
+                    size = sum(file.stat().st_size for file in other.iterdir()) / 1e9
+                    log.info("windows with other settings, %.2f GB, lie in %s", size, other)
         shape = {k: v for k, v in self.request.items() if k not in ("modalities", "fit")}
         kept = Windows(folder, split=split, val_fraction=val_fraction, flip=self.flip, **shape)
         if kept.bad and self.on_bad == "error":

@@ -182,4 +182,5 @@ def sent(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) 
     value = value.to(dtype=dtype or value.dtype)  # there would be no lock on what a copy converts
     if value.is_cpu and device.type == "cuda":
         value = value.pin_memory()
-    return value.to(device, non_blocking=value.is_cpu)
+    # MPS would read the memory later, when it may be another's.
+    return value.to(device, non_blocking=value.is_cpu and device.type != "mps")

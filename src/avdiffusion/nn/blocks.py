@@ -7,14 +7,19 @@ none needs a transpose.
 """
 
 import math
+import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from avdiffusion.nn.norm import GroupNorm
+
+SMALL = 2**20  # values that cost less to keep than to make again
 
 
 def time_embedding(time: Tensor, width: int) -> Tensor:
@@ -209,7 +214,9 @@ def through(
     that a network would keep.
     """
     x = make(*given)
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compilers see to it
+    # Compilers and checkpoints see to it themselves, and little is gained by what is small.
+    plain = torch.compiler.is_compiling() or within.checkpoint or x.numel() < SMALL
+    if plain or not torch.is_grad_enabled():
         return use(x)
     storage, size = x.untyped_storage()._cdata, x.numel()
 
@@ -225,6 +232,33 @@ def through(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return use(x)
+
+
+class _Within(threading.local):
+    """Of a thread, as the device's own one goes through the backward pass."""
+
+    checkpoint = False
+
+
+within = _Within()
+
+
+def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), all of it computed again in the backward pass; only `args` are kept.
+
+    `through` steps aside in it: of nested hooks torch asks the inner ones alone, so that what they
+    hold would stay in memory.
+    """
+
+    def inside(*args: Any) -> Any:
+        before, within.checkpoint = within.checkpoint, True
+        try:
+            return function(*args)
+        finally:
+            within.checkpoint = before
+
+    traced = torch.compiler.is_compiling()
+    return checkpoint(function if traced else inside, *args, use_reentrant=False)
 
 
 class ResBlock(nn.Module):

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
-from torch.utils.checkpoint import checkpoint as again
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
 from avdiffusion.nn.blocks import (
@@ -16,6 +15,7 @@ from avdiffusion.nn.blocks import (
     ClipConv,
     ResBlock,
     VideoConv,
+    checkpointed,
     time_embedding,
     whole,
     zeroed,
@@ -235,7 +235,7 @@ class CoupledUNet(nn.Module):
 
         def run(stage, film, shift, video, audio):
             if stage in recomputed:
-                return again(stage, video, audio, film, shift, use_reentrant=False)
+                return checkpointed(stage, video, audio, film, shift)
             return stage(video, audio, film, shift)
 
         v = self.video_in(rearrange(video, "b c t h w -> b t h w c"))

@@ -151,7 +151,9 @@ def cuda_graph(function: Call) -> tuple[Call, Any]:
         try:
             with torch.cuda.graph(graph):
                 results = function()
-        except torch.AcceleratorError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a copy from the CPU is refused before the driver sees it
             raise ValueError(
                 "the network waits for its device or copies from the CPU while it runs, and cannot "
                 "be captured: use capture=false"

@@ -20,12 +20,12 @@ LOGITS = 2**23  # how many a CPU holds at once, where it holds them
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of [B, N, C] or, for every p apart, of [B, N, P, C]."""
-    if q.dim() == 4:  # no copies where B is 1
-        b, n, p, _ = q.shape
-        parts = (x.transpose(1, 2).reshape(b * p, x.shape[1], -1) for x in (q, k, v))
-        return attend(*parts, heads).view(b, p, n, -1).transpose(1, 2)
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return attend_heads(q, k, v).transpose(1, 2).flatten(2)
+    shape = q.shape
+    if q.dim() == 4 and len(q) == 1:  # p as the batch: no copies
+        return attend(*(x[0].transpose(0, 1) for x in (q, k, v)), heads).transpose(0, 1)[None]
+    # p beside the heads
+    q, k, v = (x.reshape(*x.shape[:2], -1, shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
+    return attend_heads(q, k, v).transpose(1, 2).reshape(shape)
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

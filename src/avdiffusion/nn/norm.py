@@ -45,13 +45,11 @@ class Normalise(torch.autograd.Function):
         product = grad * values
         moment = product.sum(1, keepdim=True).sub_(mean * total).mul_(inverse)
 
-        def group_mean(sums):
-            means = (sums * factor).unflatten(-1, (-1, each)).mean(-1).div_(x.shape[1])
-            return means.repeat_interleave(each, -1)
-
         # x reaches the output directly, through the mean and through the deviation
-        slant = -inverse.square() * group_mean(moment)
-        rest = -inverse * group_mean(total) - slant * mean
+        sums = (torch.stack((total, moment)) * slope).unflatten(-1, (-1, each))
+        means = sums.mean(-1).div_(-x.shape[1]).repeat_interleave(each, -1)
+        slant = means[1] * inverse
+        rest = torch.addcmul(means[0], slant, mean, value=-1)
         grad_x = torch.addcmul(rest, values, slant, out=product).addcmul_(grad, slope).to(x.dtype)
         grads = [moment, total, None, None]  # of gain, bias, scale and shift
         if scale is not None:
@@ -80,11 +78,11 @@ def plain(x, gain, bias, scale, shift, groups, eps):
     values = precise(x)
     variance, mean = moments(values, groups)
     inverse = variance.add_(eps).rsqrt_()
-    factors = modulated(gain, bias, scale, shift)
-    gain, bias = (v.unflatten(-1, (groups, -1)) for v in factors)
-    slope = gain * inverse[..., None]
-    offset = torch.addcmul(bias, mean[..., None], slope, value=-1)
-    return torch.addcmul(offset.flatten(-2), values, slope.flatten(-2)), mean, inverse, None
+    wide = [v.repeat_interleave(x.shape[-1] // groups, -1) for v in (mean, inverse)]
+    gain, bias = modulated(gain, bias, scale, shift)
+    slope = gain * wide[1]
+    offset = torch.addcmul(bias, wide[0], slope, value=-1)
+    return torch.addcmul(offset, values, slope), mean, inverse, None
 
 
 def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,20 @@ def network(meta):
     return net, *golden_network.inputs(meta)
 
 
+@pytest.mark.slow
+def test_the_network_is_one_graph_for_compilers_and_the_published_one():
+    """Traced and differentiated as torch.compile does; making its kernels takes many minutes."""
+    theirs, meta = recording("noshift")
+    net, video, audio, time = network(meta)
+    video.requires_grad_()
+    net.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    outputs = net(video, audio, time=time)
+    sum(output.square().mean() for output in outputs).backward()
+    assert relative(frames_first(outputs[0]), theirs["video"]) <= 1e-4
+    assert relative(outputs[1], theirs["audio"]) <= 1e-4
+    assert relative(frames_first(video.grad), theirs["grad_video"]) <= 1e-4
+
+
 @pytest.mark.parametrize("case", ["noshift", "midshift"])
 def test_forward_and_gradients_are_the_published_ones(case):
     theirs, meta = recording(case)

@@ -592,6 +592,7 @@ def test_trusted_code_of_ours_touches_no_files_and_runs_no_names():
         "math",
         "numpy",
         "pytorch_lightning",
+        "threading",
         "torch",
         "typing",
         "zlib",

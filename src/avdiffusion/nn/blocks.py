@@ -210,8 +210,7 @@ def through(
 ) -> Tensor:
     """use(make(*given)); in the backward pass the tensor between is made again, not kept.
 
-    For what is large and soon made from what is kept anyway: the results of norms are 30 % of all
-    that a network would keep.
+    For what is large and soon made from what is kept anyway, such as the results of norms.
     """
     x = make(*given)
     # Compilers and checkpoints see to it themselves, and little is gained by what is small.

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -257,12 +258,22 @@ class Behind:
 
 
 def pixels(video: Tensor) -> np.ndarray:
-    """Video in [-1, 1] as uint8, rounded to the nearest level; values outside are clipped."""
+    """Video in [-1, 1] as uint8, rounded to the nearest level; values outside are clipped.
+
+    Pixels stay what they are.
+    """
+    if video.dtype == torch.uint8:
+        return video.numpy()
     return ((video.float().nan_to_num(0).clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 
 def sound(audio: Tensor) -> np.ndarray:
-    """Audio as float32 clipped to [-1, 1], silence where it is not a number."""
+    """Audio as float32 clipped to [-1, 1], silence where it is not a number.
+
+    Integers are 16-bit samples.
+    """
+    if audio.dtype == torch.int16:
+        return audio.numpy() * np.float32(2.0**-15)
     return audio.float().nan_to_num(0).clamp(-1, 1).numpy()
 
 

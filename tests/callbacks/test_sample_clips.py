@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_system import TinySystem, fit
 
@@ -17,7 +18,7 @@ from avdiffusion import io
 from avdiffusion.callbacks.evolution import sampled_steps, thinned
 from avdiffusion.callbacks.loggers import Csv, TensorBoard
 from avdiffusion.callbacks.publish import BUDGET, players
-from avdiffusion.callbacks.samples import SampleClips
+from avdiffusion.callbacks.samples import SampleClips, _arrays
 from avdiffusion.callbacks.wandb_run import wandb_logger
 from avdiffusion.gallery import Entry
 from avdiffusion.metrics.sync import Sync, ToyF1
@@ -93,6 +94,30 @@ def test_a_metric_of_ones_own_is_a_call(tmp_path):
     assert 0 < float(trainer.callback_metrics["sample/rms"]) < 1
     with pytest.raises(ValueError, match=r"val_metrics\.x='rms' cannot be called"):
         clips(tmp_path, metrics={"x": "rms"})
+
+
+def test_a_distance_is_told_the_real_clips(tmp_path):
+    seen = []
+
+    class Distance:
+        against_real = True
+
+        def __call__(self, clips, rates, real):
+            seen.append((len(clips["audio"]), len(real["audio"])))
+            assert np.abs(real["audio"]).max() <= 1
+            return {"apart": np.abs(clips["audio"].std() - real["audio"].std())}
+
+    trainer, _ = fit(clips(tmp_path, metrics={"distance": Distance()}, real_num=3), steps=4)
+    assert seen == [(2, 3), (2, 3)]  # step 2 and the end, never of real clips alone
+    assert {"sample/apart"} == {k for k in trainer.callback_metrics if "apart" in k}
+
+
+def test_integers_of_a_dataset_are_pixels_and_16_bit_samples():
+    video = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 4, 4)
+    audio = torch.tensor([[[-32768, -1, 0, 16384]]], dtype=torch.int16)
+    found = _arrays({"video": video, "audio": audio})
+    assert (found["video"] == video.numpy()).all()
+    assert found["audio"].tolist() == [[[-1.0, -(2.0**-15), 0.0, 0.5]]]
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyError, ZeroDivisionError])

@@ -39,9 +39,10 @@ class SampleClips(pl.Callback):
 
     `metrics` are called with the clips as arrays (video uint8 [B, 3, T, H, W], audio float32
     [B, C, L]) and the rates of both; what they return is logged as `sample/<key>`, and what they
-    say of the first `real_num` validation clips, once, as `sample/<key>_real`. `sample/nonfinite`
-    counts the clips that hold NaN or infinity. A metric that fails, or a disk that takes no clips,
-    is said once.
+    say of the first `real_num` validation clips, once, as `sample/<key>_real`. Those with
+    `against_real`, such as distances, get these clips as a third argument, and are called for
+    samples alone. `sample/nonfinite` counts the clips that hold NaN or infinity. A metric that
+    fails, or a disk that takes no clips, is said once.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class SampleClips(pl.Callback):
         self.final_num = num if final_num is None else final_num
         self.metrics, self.real_num, self.evolution = dict(metrics or {}), real_num, evolution
         self.last, self.real, self.once = 0, None, Once()
+        self.reference = None  # real clips as arrays, once they have been read
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
@@ -171,23 +173,29 @@ class SampleClips(pl.Callback):
 
     def _all_scores(self, trainer, media, rates):
         """What the metrics say of the clips, and as `*_real` of real ones."""
-        scores = self._scores(media, rates)
-        if self.real is None and scores:
-            data, self.real = getattr(trainer.datamodule, "val", None), {}
-            with self.once("validation clips cannot be measured", *FAILURES):
-                items = [data[i] for i in range(min(len(data or ()), self.real_num))]
-                if items:
-                    stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in media}
-                    real = _arrays({k: torch.stack(v) for k, v in stacked.items()})
-                    self.real = self._scores(real, rates)
+        first = self.real is None and bool(self.metrics)
+        if first:
+            self.reference, self.real = self._real_clips(trainer, media), {}
+        scores = self._scores(self.metrics, media, rates)
+        if first and self.reference:
+            alone = {k: m for k, m in self.metrics.items() if not _against_real(m)}
+            self.real = self._scores(alone, self.reference, rates)
         kept = {k: v for k, v in (self.real or {}).items() if not k.endswith("_mismatched")}
         return scores | {f"{key}_real": value for key, value in kept.items()}
 
-    def _scores(self, media, rates):
+    def _real_clips(self, trainer, media):
+        data = getattr(trainer.datamodule, "val", None)
+        with self.once("validation clips cannot be measured", *FAILURES):
+            items = [data[i] for i in range(min(len(data or ()), self.real_num))]
+            stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in media}
+            return _arrays({k: torch.stack(v) for k, v in stacked.items()}) if items else None
+
+    def _scores(self, metrics, media, rates):
         scores = {}
-        for name, metric in self.metrics.items():
+        for name, metric in metrics.items():
+            given = (media, rates, self.reference) if _against_real(metric) else (media, rates)
             with self.once(f"val_metrics.{name} failed", *FAILURES):
-                scores |= {key: float(value) for key, value in metric(media, rates).items()}
+                scores |= {key: float(value) for key, value in metric(*given).items()}
         return scores
 
     def _log(self, trainer, rates, writer, media, logged):
@@ -220,14 +228,14 @@ def summary(page: Path, num: int, rows: Mapping[str, Mapping[str, float]]) -> st
     return "\n".join(lines)
 
 
+def _against_real(metric):
+    return getattr(metric, "against_real", False)
+
+
 def _arrays(media):
     """What the files hold: video as uint8, audio within [-1, 1]."""
     kinds = {"video": pixels, "audio": sound}
-    return {
-        name: value.numpy() if value.dtype == torch.uint8 else kinds[name](value)
-        for name, value in media.items()
-        if name in kinds
-    }
+    return {name: kinds[name](value) for name, value in media.items() if name in kinds}
 
 
 def _nonfinite(media, step):

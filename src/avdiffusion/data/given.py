@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avdiffusion.data.index import build_index, examined
+from avdiffusion.data.index import build_index, examined, fullest
 from avdiffusion.io import EDGE, MediaError, read_window
 
 log = logging.getLogger("avdiffusion")
@@ -226,23 +226,10 @@ def _entries(path, cache):
         if not index.entries:
             others = f" ({len(index.ignored)} other files)" if index.ignored else ""
             raise FileNotFoundError(f"no audio or video files in {path}{others}")
-        return [(path, entry) for entry in _fullest(index.entries)], index.ignored
+        return [(path, entry) for entry in fullest(index.entries)], index.ignored
     if not path.exists():
         raise FileNotFoundError(f"given={path}: no such file or folder")
     return [(path.parent, examined(path.parent, path.name, path.stat()))], []
-
-
-def _fullest(entries):
-    """Of files that differ in their suffix alone, the one that holds most: mp4 beside its wav."""
-    kept = {}
-    for entry in entries:
-        stem = str(Path(entry.path).with_suffix(""))
-        best = kept.setdefault(stem, entry)
-        if entry.info and (not best.info or len(entry.info.modalities) > len(best.info.modalities)):
-            kept[stem] = entry
-    if len(kept) < len(entries):
-        log.info("%d files beside fuller ones of their name left out", len(entries) - len(kept))
-    return list(kept.values())
 
 
 def _ranges(known, names, text):

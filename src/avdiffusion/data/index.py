@@ -104,6 +104,19 @@ def examined(root: Path, path: str, stat: os.stat_result) -> Entry:
     return Entry(path, stat.st_size, stat.st_mtime_ns, **facts)
 
 
+def fullest(entries: Sequence[Entry]) -> list[Entry]:
+    """Of files that differ in their suffix alone, the one that holds most: mp4 beside its wav."""
+    kept = {}
+    for entry in entries:
+        stem = str(Path(entry.path).with_suffix(""))
+        best = kept.setdefault(stem, entry)
+        if entry.info and (not best.info or len(entry.info.modalities) > len(best.info.modalities)):
+            kept[stem] = entry
+    if len(kept) < len(entries):
+        log.info("%d files beside fuller ones of their name left out", len(entries) - len(kept))
+    return list(kept.values())
+
+
 def side(paths: set[str], split: str, val_fraction: float, root: Path) -> set[str]:
     """The paths of one side, never none of two files with a fraction between 0 and 1."""
     if split not in ("train", "val", "all"):

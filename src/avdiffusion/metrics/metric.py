@@ -1,0 +1,155 @@
+"""What a metric is: numbers of every clip by itself, then a comparison of sets of clips.
+
+Clips are arrays, never files: `video` uint8 [B, 3, T, H, W], `audio` float32 [B, C, L] in [-1, 1],
+with the rates of both (frames and samples a second).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor, distributed
+
+Array = np.ndarray | Tensor
+Clips = Mapping[str, Array]
+Rates = Mapping[str, float]
+Found = dict[str, np.ndarray]
+
+SMALL = 64  # clips below which a distance between distributions says nothing
+
+
+class Extractor(Protocol):
+    """Numbers of each clip by itself: what one gives does not depend on which others came along.
+
+    `name` says in words all that the numbers depend on (network, hash of the weights, sizes,
+    filters): found numbers are kept under it, and it stands beside every figure. `needs` are the
+    modalities that are looked at. Called with clips and rates it returns `fields`, name to
+    [B, ...] of one shape for all clips of a length; NaN where a number has no meaning. If `paired`,
+    it is called with a third argument, the clips that those of the same place should be.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    fields: tuple[str, ...]
+    paired: bool
+
+    def __call__(self, clips: Clips, rates: Rates) -> Found: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sets:
+    """What an extractor found of several sets of clips, name to [N, ...] each; None: not given.
+
+    `samples` are judged; `reference` are real clips that no model was trained on; `real` are other
+    real ones, for the figure that real clips get; `train` are those that the model learned from.
+    """
+
+    samples: Found
+    reference: Found | None = None
+    real: Found | None = None
+    train: Found | None = None
+    seed: int = 0  # of resampling and of shuffled pairs
+    resamples: int = 200  # of the bootstrap; 0: no intervals
+    allow_small: bool = False  # fewer clips than SMALL are no error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number of a report, with what is needed to judge it; None where there is no such thing.
+
+    `low`, `high`: 95 % interval by bootstrap over clips. `floor` is what real clips get against
+    real ones, with `floor_n` of them; `chance` what mismatched pairs get; `ceiling` what real pairs
+    get; `power` how well the metric tells real pairs from shifted ones on the reference (area under
+    the ROC curve). `better` is "lower", "higher" or "" (neither).
+    """
+
+    key: str
+    label: str
+    value: float
+    better: str = ""
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    n_reference: int | None = None
+    floor: float | None = None
+    floor_n: int | None = None
+    chance: float | None = None
+    ceiling: float | None = None
+    power: float | None = None
+    extractor: str = ""
+    notes: Sequence[str] = ()
+    details: Mapping[str, object] = field(default_factory=dict)  # plain numbers, lists and texts
+
+
+class Metric(torchmetrics.Metric):
+    """Collects what `extractor` finds of samples and of real clips; `figures` compares the two.
+
+    Used as any torchmetrics metric, `update` and `compute` reduce over processes. Called with
+    clips, rates and real clips it gives the scores of just these, on this process alone: the form
+    that `val_metrics` have.
+    """
+
+    group = "Figures"  # the heading under which a report shows them
+    uses: tuple[str, ...] = ("reference",)  # fields of Sets read besides samples, where given
+    requires: tuple[str, ...] = ()  # fields of Sets without which there is no figure
+    against_real = True  # as one of `val_metrics`: called with real clips too
+    full_state_update = False
+
+    def __init__(self, extractor: Extractor):
+        super().__init__(dist_sync_fn=_of_every_process)
+        self.extractor = extractor
+        for place in ("samples", "reference"):
+            for name in extractor.fields:
+                self.add_state(f"{place}_{name}", default=[], dist_reduce_fx="cat")
+
+    def figures(self, sets: Sets) -> list[Figure]:
+        """The figures of a report."""
+        raise TypeError(f"{type(self).__name__} has no figures")
+
+    def update(self, clips: Clips, rates: Rates, *, real: bool = False) -> None:
+        """Takes in more samples, or more `real` clips."""
+        place = "reference" if real else "samples"
+        for name, values in self.extractor(clips, rates).items():
+            getattr(self, f"{place}_{name}").append(torch.as_tensor(values))
+
+    def compute(self) -> dict[str, float]:
+        """The value of each figure by its key, over all clips of all processes."""
+        places = {place: self._collected(place) for place in ("samples", "reference")}
+        if places["samples"] is None:
+            raise ValueError(f"{type(self).__name__} was given no samples")
+        return self._values(Sets(**places, resamples=0))
+
+    def forward(self, clips: Clips, rates: Rates, real: Clips | None = None) -> dict[str, float]:
+        """The value of each figure for these clips, few as they may be.
+
+        What `update` collected is left alone.
+        """
+        reference = None if real is None else self.extractor(real, rates)
+        samples = self.extractor(clips, rates)
+        return self._values(
+            Sets(samples=samples, reference=reference, resamples=0, allow_small=True)
+        )
+
+    def _values(self, sets):
+        return {figure.key: figure.value for figure in self.figures(sets)}
+
+    def _collected(self, place):
+        found = {}
+        for name in self.extractor.fields:
+            parts = getattr(self, f"{place}_{name}")
+            parts = [parts] if isinstance(parts, Tensor) else parts  # once reduced
+            if not parts:
+                return None
+            found[name] = torch.cat(list(parts)).cpu().numpy()
+        return found
+
+
+def _of_every_process(x: Tensor, group: object | None = None) -> list[Tensor]:
+    """Torchmetrics' own exchange wants the same axes of all: a process without clips has none."""
+    found = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(found, x.cpu(), group=group)
+    return found

@@ -1,5 +1,7 @@
 """Synchrony scores where the truth is known: toy clips, shifted sound, brute force."""
 
+import subprocess
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -240,3 +242,16 @@ def test_wrong_shapes_are_named():
         scored(video, audio[:, 0])
     with pytest.raises(ValueError, match="3 frames"):
         scored(video[:, :, :3], audio)
+
+
+def test_importing_the_scores_loads_nothing_heavy():
+    code = """
+import sys
+import avdiffusion.metrics.sync
+heavy = {"torchmetrics", "cv2", "scipy", "av", "pytorch_lightning", "torchvision", "torchaudio"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -49,7 +49,7 @@ def onset_envelope(audio: Array, sample_rate: int, hop: float = 0.01) -> np.ndar
     Band powers are compressed by log(1 + P / floor), the floor being eight times the band's median
     but at least -60 dB of full scale, so that a steady hiss or hum adds next to nothing.
     """
-    wave = _mono(audio)
+    wave = mono(audio)
     step = sample_rate * hop
     count = int(np.ceil(wave.shape[1] / step - 1e-9))
     length = max(round(0.016 * sample_rate), 8) * 2
@@ -68,12 +68,47 @@ def onset_envelope(audio: Array, sample_rate: int, hop: float = 0.01) -> np.ndar
     return flux
 
 
-def _mono(audio: Array) -> np.ndarray:
+def frame_flux(audio: Array, fps: float, sample_rate: int, frames: int) -> np.ndarray:
+    """The onset envelope in fine steps of at most 10 ms, an even number a frame: [B, T, steps]."""
+    steps = 2 * int(np.ceil(50 / fps))
+    flux = onset_envelope(audio, sample_rate, 1 / (fps * steps))
+    flux = np.pad(flux, ((0, 0), (0, max(frames * steps - flux.shape[1], 0))))
+    return flux[:, : frames * steps].reshape(len(flux), frames, steps)
+
+
+def in_bins(fine: np.ndarray, count: int) -> np.ndarray:
+    """Fine steps [B, T, steps] cut into `count` bins as long as a frame: [B, count, steps].
+
+    A bin is centred where the change of a motion envelope of that length is: with T - 1 between
+    two frames, with T - 2 at a frame.
+    """
+    num, frames, steps = fine.shape
+    start = steps // 2 * (frames - count - 1)
+    return fine.reshape(num, -1)[:, start : start + count * steps].reshape(num, count, steps)
+
+
+def lag_curves(change: np.ndarray, flux: np.ndarray, fps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations [B, lags] of motion [B, N] and onsets [B, T, steps], and the lags in seconds.
+
+    The sound is moved earlier by the lag, zeros beyond the ends; NaN where a side never changes.
+    """
+    count = change.shape[1]
+    a, b = standard(change), standard(in_bins(flux, count).max(-1))
+    reach = min(round(LAG * fps), count - 1)
+    lags = np.arange(-reach, reach + 1)
+    late = np.pad(b, ((0, 0), (reach, reach)))
+    curve = np.stack([(a * late[:, reach + k : reach + k + count]).mean(-1) for k in lags], -1)
+    curve[~(a.any(-1) & b.any(-1))] = np.nan
+    return curve, lags / fps
+
+
+def mono(audio: Array) -> np.ndarray:
     """The mean of the channels, float64 [B, L]; silent where not finite."""
     return np.nan_to_num(as_numpy(audio).mean(axis=1, dtype=np.float64), posinf=0, neginf=0)
 
 
-def _paired(video: Array, audio: Array) -> tuple[np.ndarray, np.ndarray]:
+def checked(video: Array, audio: Array) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays; an error where they are no clips, or too short to judge motion."""
     video, audio = as_numpy(video), as_numpy(audio)
     if video.ndim != 5 or audio.ndim != 3 or video.shape[1] != 3:
         raise ValueError(
@@ -96,40 +131,31 @@ def av_corr(
     earlier by `lags` (seconds, up to 0.5 either way; zeros beyond the ends) and `offset` is how
     late the sound is: the maximum of the mean curve, by the parabola through its neighbours.
     """
-    video, audio = _paired(video, audio)
+    video, audio = checked(video, audio)
     change = motion_envelope(video, motion)
-    count, parts = change.shape[1], 2 * int(np.ceil(50 / fps))
-    start = parts // 2 * (video.shape[2] - count - 1)  # a bin is centred where its change is
-    flux = onset_envelope(audio, sample_rate, 1 / (fps * parts))
-    flux = np.pad(flux, ((0, 0), (0, max(start + count * parts - flux.shape[1], 0))))
-    binned = flux[:, start : start + count * parts].reshape(len(flux), count, parts).max(-1)
-
-    a, b = (_standard(x) for x in (change, binned))
-    valid = a.any(-1) & b.any(-1)
-    reach = min(round(LAG * fps), count - 1)
-    lags = np.arange(-reach, reach + 1)
-    late = np.pad(b, ((0, 0), (reach, reach)))
-    curve = np.stack([(a * late[:, reach + k : reach + k + count]).mean(-1) for k in lags], -1)
-    curve[~valid] = np.nan
+    flux = frame_flux(audio, fps, sample_rate, video.shape[2])
+    curve, lags = lag_curves(change, flux, fps)
+    a, b = standard(change), standard(in_bins(flux, change.shape[1]).max(-1))
+    valid, count, reach = np.isfinite(curve[:, 0]), change.shape[1], len(lags) // 2
     pairs = (a @ b.T / count)[np.ix_(valid, valid)]
     others = pairs[~np.eye(len(pairs), dtype=bool)]
     return {
         "corr": curve[:, reach],
         "mismatched": float(others.mean()) if others.size else float("nan"),
-        "lags": lags / fps,
+        "lags": lags,
         "curve": curve,
-        "offset": (_peak(curve[valid].mean(0)) - reach) / fps if valid.any() else float("nan"),
+        "offset": (peak(curve[valid].mean(0)) - reach) / fps if valid.any() else float("nan"),
     }
 
 
-def _standard(x: np.ndarray) -> np.ndarray:
+def standard(x: np.ndarray) -> np.ndarray:
     """Zero mean and unit variance along the last axis; all zero where there is no variation."""
     x = x - x.mean(-1, keepdims=True)
     scale = x.std(-1, keepdims=True)
     return np.where(scale > 1e-9, x / np.maximum(scale, 1e-9), 0)
 
 
-def _peak(curve: np.ndarray) -> float:
+def peak(curve: np.ndarray) -> float:
     """Fractional index of the maximum, by the parabola through it and its neighbours."""
     k = int(curve.argmax())
     if not 0 < k < len(curve) - 1:
@@ -146,7 +172,7 @@ def onsets(audio: Array, sample_rate: int, threshold: float = 0.27) -> list[np.n
     a tenth of the clip's greatest.
     """
     hop = 0.01
-    wave = np.abs(_mono(audio))
+    wave = np.abs(mono(audio))
     reach, after = round(REFRACTORY / hop), round(0.04 * sample_rate)
     found = []
     for flux, level in zip(onset_envelope(audio, sample_rate, hop), wave, strict=True):
@@ -182,7 +208,7 @@ def toy_f1(video: Array, audio: Array, fps: float, sample_rate: int) -> dict[str
     clicks with an impact, `recall` of impacts with a click. `f1_mismatched` is the same number
     with video i beside audio i + s, averaged over up to 63 shifts s: the level of chance.
     """
-    video, audio = _paired(video, audio)
+    video, audio = checked(video, audio)
     seen, heard = impacts(video, fps), onsets(audio, sample_rate)
     n_seen, n_heard = sum(map(len, seen)), sum(map(len, heard))
 

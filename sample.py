@@ -41,6 +41,7 @@ def sample(config: DictConfig) -> None:
     if WORLD > 1 and device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     system = checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
+    trained = system.config["data"].get("train") or {}
     given = parts(config, system)
     num = config.num if config.num is not None else len(given) if given else 16
     index = list(range(num)) if config.index is None else list(config.index)
@@ -86,6 +87,8 @@ def sample(config: DictConfig) -> None:
                 "file": str(path),
                 "name": system.config["name"],
                 "threads": torch.get_num_threads(),
+                # what real clips have to be brought to if they are to be compared
+                **{k: trained[k] for k in ("fit", "loudness") if trained.get(k) is not None},
             },
             save=list(config.save),
             overwrite=config.overwrite,

@@ -96,7 +96,7 @@ class Project:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        for name in ("train.py", "sample.py"):
+        for name in ("train.py", "sample.py", "evaluate.py"):
             shutil.copy(ROOT / name, folder / name)
         shutil.copytree(ROOT / "configs", folder / "configs")
         self.outputs, self.started = folder.with_name(f"{folder.name}_output"), 0
@@ -143,7 +143,7 @@ class Project:
         """Files that commands have left, without the records of their configs and logs."""
         files = {str(f.relative_to(self.folder)) for f in self.folder.rglob("*") if f.is_file()}
         records = re.compile(
-            r"configs/|(train|sample)\.py|.*(\.hydra/|\.log$|config\.yaml$|run\.json$|\.lock$)"
+            r"configs/|(train|sample|evaluate)\.py|.*(\.hydra/|\.log$|config\.yaml$|run\.json$|\.lock$)"
         )
         return {f for f in files if not records.match(f)}
 

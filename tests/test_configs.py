@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError
 
 from avdiffusion import checkpoint, trust
+from avdiffusion.metrics.metric import Metric
 from avdiffusion.systems.diffusion import DiffusionSystem
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,7 @@ GROUPS = {
     if folder.is_dir()
 }
 WHOLE = ("exp", "debug", "hydra", "hydra/launcher", "paths")  # no parts of a model's config
+WHOLE += ("metrics", "protocol")  # of evaluations
 CHOICES = {k: v for k, v in GROUPS.items() if v and k not in WHOLE}
 PARAMETERS = {  # millions, of the networks in the README's ladder
     "aist": 133.7,
@@ -52,7 +54,10 @@ def rounds():
 @pytest.fixture(scope="module")
 def configs():
     """Every option of every group, interpolations as they stand."""
-    return [OmegaConf.to_container(checkpoint.compose(overrides)) for overrides in rounds()]
+    found = [OmegaConf.to_container(checkpoint.compose(overrides)) for overrides in rounds()]
+    metrics = f"metrics=[{','.join(GROUPS['metrics'])}]"
+    evaluation = checkpoint.compose([metrics], config="evaluate")
+    return [*found, OmegaConf.to_container(evaluation)]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -157,6 +162,8 @@ VARIANTS = {
     "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part
     "avdiffusion.data.windows.Windows": {"split", "flip"},
     "avdiffusion.data.toy.Toy": {"num", "seed"},
+    "avdiffusion.metrics.distance.Frechet": {"key", "label", "scale"},
+    "avdiffusion.metrics.distance.Kernel": {"key", "label", "scale", "kernel"},
 }
 
 
@@ -220,6 +227,19 @@ def test_guides_can_be_chosen_and_left_out():
     assert checkpoint.compose(["exp=folder", "guide=[]"]).model.guides == {}
 
 
+@pytest.mark.parametrize("protocol", GROUPS["protocol"])
+def test_every_metric_is_built_under_every_protocol(protocol):
+    """Without weights, which are read when they are needed."""
+    words = [f"metrics=[{','.join(GROUPS['metrics'])}]", f"protocol={protocol}"]
+    config = checkpoint.compose(words, config="evaluate")
+    assert config.protocol.name == protocol
+    built = {name: checkpoint.build(node) for name, node in config.metrics.items()}
+    assert all(isinstance(metric, Metric) for metric in built.values())
+    assert {built[k].extractor.resize for k in ("fvd", "kvd")} == {config.protocol.resize}
+    assert config.held_out == (protocol == "default")
+    assert {f"{m.key}" for m in built.values() if hasattr(m, "key")} <= set(built)
+
+
 def test_multirun_folders_are_short_and_distinct():
     name = checkpoint.folder_name
     assert name("model.lr-0.1_seed-0") == "model.lr-0.1_seed-0"
@@ -257,7 +277,7 @@ def test_cfg_job_prints_the_config(command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train", "sample"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate"])
 def test_help_lists_the_choices(name, command, tmp_path):
     text = command(name, "--help")
     assert "sampler" in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avdiffusion import io
-from avdiffusion.gallery import Entry, gallery_html, score_rows
+from avdiffusion.gallery import Entry, fitting, gallery_html, score_rows
 from avdiffusion.strip import contact_sheet, strip
 
 av = pytest.importorskip("av")
@@ -135,3 +135,23 @@ def test_page_stays_below_its_limit():
     html = page(4, limit=len(whole) // 2)
     assert len(html) < 0.7 * len(whole)
     assert "more in this folder" in html
+
+
+def test_sound_alone_gets_a_player(tmp_path):
+    path = io.write_wav(tmp_path / "a.wav", clip()[1], sample_rate=RATE)
+    for one in (path, path.read_bytes()):
+        html = gallery_html("sounds", [Entry("a", "", one)])
+        assert re.search(r'<audio [^>]*controls src="data:audio/wav;base64,UklGR', html)
+        assert "<video" not in html
+
+
+def test_cards_are_made_only_as_far_as_they_fit():
+    made = []
+
+    def cards():
+        for length in (5, 4, 3, 1):
+            made.append(length)
+            yield "x" * length
+
+    assert fitting(cards(), 10) == ["xxxxx", "xxxx"]
+    assert made == [5, 4, 3]

@@ -1,8 +1,8 @@
-"""Generated clips as one HTML page that needs nothing beside it."""
+"""Generated clips as one HTML page that needs nothing beside it; what such pages are made of."""
 
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
     name: str
     caption: str
-    clip: bytes | Path | None = None  # mp4 as bytes, or a file that browsers play
+    clip: bytes | Path | None = None  # mp4 or wav as bytes, or a file that browsers play
     strip: bytes | None = None
 
 
@@ -52,6 +52,49 @@ def player(clip: bytes | Path, attributes: str = "controls") -> str:
     return f'<img alt="" src="{source}">'
 
 
+def clip_html(entry: Entry) -> str:
+    """The entry's player, silent until clicked; nothing if it has no clip."""
+    if entry.clip is None:
+        return ""
+    attributes = f'controls muted aria-label="{escape(entry.name)}, with sound"'
+    return f"<div class=clip>{player(entry.clip, attributes)}</div>"
+
+
+def strip_html(entry: Entry) -> str:
+    """The entry's strip, enlarged when clicked; nothing if it has none."""
+    if entry.strip is None:
+        return ""
+    source = f"data:image/png;base64,{b64encode(entry.strip).decode()}"
+    alt = f"frames, waveform and spectrogram of {escape(entry.name)}"
+    return f'<button class=strip title="enlarge"><img alt="{alt}" src="{source}"></button>'
+
+
+def table_html(facts: Mapping[str, object]) -> str:
+    """Names beside values; nothing if there are none."""
+    rows = "".join(
+        f"<tr><th scope=row>{escape(str(key))}<td>{escape(_plain(value))}"
+        for key, value in facts.items()
+    )
+    return f"<table class=settings>{rows}</table>" if rows else ""
+
+
+def fitting(cards: Iterable[str], limit: int) -> list[str]:
+    """The first cards, of at most `limit` bytes together; no later one is made."""
+    shown, size = [], 0
+    for card in cards:
+        size += len(card)
+        if size > limit:
+            break
+        shown.append(card)
+    return shown
+
+
+def page_html(title: str, body: str, style: str = "") -> str:
+    """A page of players and strips: their looks and behaviour, and `style` on top."""
+    icons = STYLE.replace("OFF", _icon(CROSS)).replace("ON", _icon(WAVES))
+    return PAGE.format(title=escape(title), style=icons + style, body=body, script=SCRIPT)
+
+
 def gallery_html(
     title: str,
     entries: Sequence[Entry],
@@ -65,46 +108,28 @@ def gallery_html(
     `scores`: row to {generated, mismatched, real}, see `score_rows`. Once the media would exceed
     `limit` bytes the remaining clips are counted instead of shown.
     """
-    cards, size = [], 0
-    for entry in entries:
-        card = _card(entry)
-        size += len(card)
-        if size > limit:
-            break
-        cards.append(card)
-    left = len(entries) - len(cards)
-    more = f"<p class=more>{left} more in this folder, left out to keep the page small.</p>"
-    return PAGE.format(
-        title=escape(title),
-        count=f"{len(entries)} clip{'s' * (len(entries) != 1)}",
-        style=STYLE.replace("OFF", _icon(CROSS)).replace("ON", _icon(WAVES)),
-        script=SCRIPT,
-        scores=_scores(scores or {}),
-        settings=_settings(settings or {}),
-        cards="\n".join(cards),
-        more=more if left else "",
-    )
+    cards = fitting(map(_card, entries), limit)
+    count = f"{len(entries)} clip{'s' * (len(entries) != 1)}"
+    body = f"<header><h1>{escape(title)}</h1>"
+    body += f"<p>{count} · click a clip to hear it, a strip to enlarge it</p></header>"
+    body += f"<section class=facts>{_scores(scores or {})}{table_html(settings or {})}</section>"
+    body += "<main>\n" + "\n".join(cards) + "\n</main>"
+    if left := len(entries) - len(cards):
+        body += f"<p class=more>{left} more in this folder, left out to keep the page small.</p>"
+    return page_html(title, body)
 
 
 def _card(entry):
-    clip = ""
-    if entry.clip is not None:
-        clip = f"<div class=clip>{player(entry.clip, 'controls muted')}</div>"
-    strip = ""
-    if entry.strip is not None:
-        source = f"data:image/png;base64,{b64encode(entry.strip).decode()}"
-        strip = '<button class=strip title="enlarge"><img alt="frames, waveform and spectrogram '
-        strip += f'of {escape(entry.name)}" src="{source}"></button>'
     name, caption = escape(entry.name), escape(entry.caption)
     return (
-        f'<figure id="{name}">{clip}{strip}'
+        f'<figure id="{name}">{clip_html(entry)}{strip_html(entry)}'
         f"<figcaption><b>{name}</b> {caption}</figcaption></figure>"
     )
 
 
 def _media(clip):
     if isinstance(clip, bytes):
-        return "video/mp4", clip
+        return ("audio/wav" if clip.startswith(b"RIFF") else "video/mp4"), clip
     kinds = {".mp4": "video/mp4", ".webm": "video/webm", ".wav": "audio/wav", ".gif": "image/gif"}
     return kinds[clip.suffix], clip.read_bytes()
 
@@ -112,20 +137,13 @@ def _media(clip):
 def _scores(scores):
     if not scores:
         return ""
-    head = "".join(f"<th>{c}" for c in COLUMNS)
+    head = "".join(f"<th scope=col>{c}" for c in COLUMNS)
     body = ""
     for key, row in scores.items():
         cells = "".join(f"<td>{_number(row.get(c))}{_bar(row.get(c))}" for c in COLUMNS)
-        body += f"<tr><th>{escape(LABELS.get(key, key))}{cells}"
+        body += f"<tr><th scope=row>{escape(LABELS.get(key, key))}{cells}"
     note = "mismatched: the same pictures beside the sound of other clips, the level of chance"
-    return f"<table class=scores><caption>{note}</caption><tr><th>{head}{body}</table>"
-
-
-def _settings(settings):
-    rows = "".join(
-        f"<tr><th>{escape(str(key))}<td>{escape(_plain(value))}" for key, value in settings.items()
-    )
-    return f"<table class=settings>{rows}</table>" if rows else ""
+    return f"<table class=scores><caption>{note}</caption><tr><td>{head}{body}</table>"
 
 
 def _plain(value):
@@ -156,11 +174,7 @@ PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8>
 <meta name=viewport content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{style}</style></head><body>
-<header><h1>{title}</h1><p>{count} · click a clip to hear it, a strip to enlarge it</p></header>
-<section class=facts>{scores}{settings}</section>
-<main>
-{cards}
-</main>{more}
+{body}
 <dialog><img alt=""></dialog>
 <script>{script}</script></body></html>
 """
@@ -214,7 +228,10 @@ const seen = new IntersectionObserver(all => all.forEach(({target: v, isIntersec
 clips.forEach(v => {
   v.controls = false;
   v.parentElement.classList.add('live');
-  v.onloadedmetadata = () => { if (v.videoWidth >= 160) v.style.imageRendering = 'auto'; };
+  const smooth = () => { if (v.videoWidth >= 160) v.style.imageRendering = 'auto'; };
+  if (v.readyState) smooth(); else v.onloadedmetadata = smooth;
+  v.tabIndex = 0;
+  v.onkeydown = e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); v.click(); } };
   v.onclick = () => {
     const loud = v.muted || v.paused;
     clips.forEach(quiet);
@@ -226,6 +243,8 @@ clips.forEach(v => {
 const box = document.querySelector('dialog');
 box.onclick = () => box.close();
 document.querySelectorAll('.strip').forEach(b => b.onclick = () => {
-  box.firstElementChild.src = b.firstElementChild.src; box.showModal();
+  const { src, alt } = b.firstElementChild;
+  Object.assign(box.firstElementChild, { src, alt });
+  box.showModal();
 });
 """

@@ -235,11 +235,11 @@ class Clips:
         window = read_window(self.root / path, start, **self.request)
         window.pop("start")
         if "audio" in window:
-            window["audio"] = pcm16(_levelled(window["audio"], self.loudness))
+            window["audio"] = pcm16(levelled(window["audio"], self.loudness))
         return window
 
 
-def _levelled(audio, loudness):
+def levelled(audio, loudness):
     peak = np.abs(audio).max()
     if loudness is None or peak == 0:
         return audio

@@ -38,6 +38,7 @@ def test_the_page_has_files_and_commands():
         "my_net.py",
         "my_sampler.py",
         "my_metric.py",
+        "my_features.py",
     }
     assert len(COMMANDS) >= 5
     dataset = dict(FILES)["my_data.py"].strip()
@@ -53,4 +54,6 @@ def test_its_commands_run_in_their_order(project):
     assert all((run / "checkpoints" / "last.ckpt").is_file() for run in runs)
     assert (runs[1] / "samples").is_dir()
     assert (project.folder / "renoised" / "000001.mp4").is_file()
+    (report,) = project.folder.glob("runs/*/*/evaluation/*/report.md")
+    assert "levels of eight stretches, above -80 dB" in report.read_text()
     assert "sample/rms" in (runs[2] / "metrics.csv").read_text().splitlines()[0]

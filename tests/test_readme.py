@@ -33,7 +33,7 @@ def commands(page):
 
 
 SHOWN = {command for page in PAGES.values() for command in commands(page)}
-SHOWN = {re.sub(r"^torchrun .*?(?=train\.py)", "python ", command) for command in SHOWN}
+SHOWN = {re.sub(r"^torchrun .*?(?=(train|evaluate)\.py)", "python ", line) for line in SHOWN}
 ENTRY = sorted(command for command in SHOWN if command.startswith("python "))
 # What needs data, devices or hours that a test has not; all the rest of the README is run.
 NOT_RUN = {
@@ -41,6 +41,7 @@ NOT_RUN = {
     "pytest": "this is it",
     "exp=folder": "20 000 steps; shortened in tests/test_cli.py",
     "exp=landscape": "needs Landscape and GPUs",
+    "reference=": "needs real clips and weights; see tests/evaluation",
     "logger=": "the first command again, with other loggers; see tests/callbacks",
     "-m": "see tests/test_cli.py",
 }
@@ -63,7 +64,7 @@ def test_commands_parse_and_compose(command):
         assert all(f'"{word}"' in source for word in words if word.startswith("--"))
         return
     assert (ROOT / script).is_file()
-    if script not in ("train.py", "sample.py"):
+    if script not in ("train.py", "sample.py", "evaluate.py"):
         return
     if "--cfg" in words:
         at = words.index("--cfg")
@@ -78,11 +79,12 @@ def test_commands_parse_and_compose(command):
         else [word]
         for each, word in zip(parsed, words, strict=True)
     ]
-    own = {"net=plain", "sampler=renoise"}  # files of docs/extend.md; tests/test_extend.py
+    # files of docs/extend.md; tests/test_extend.py
+    own = {"net=plain", "sampler=renoise", "metrics=[levels,sound]"}
     for point in itertools.product(*choices):
         overrides = [word for word in point if not any(word.endswith(name) for name in own)]
         config = checkpoint.compose(overrides, config=Path(script).stem)
-        assert script == "sample.py" or config.model._target_
+        assert script != "train.py" or config.model._target_
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SLURM runs on Linux")

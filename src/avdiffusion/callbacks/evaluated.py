@@ -31,7 +31,7 @@ def log_report(
                 ("high", "_high"),
                 ("floor", "_floor"),
             )
-            if figure[part] is not None
+            if figure.get(part) is not None
         }
         logger.log_metrics(values, 0)
         if isinstance(logger, Wandb):
@@ -45,6 +45,6 @@ def _tables(logger, report, entries):
 
     sent = {"eval/clips": wandb.Html(players(list(entries.values()), BUDGET), inject=False)}
     for group in report["groups"]:
-        rows = [[figure[name] for name in COLUMNS] for figure in group["figures"]]
+        rows = [[figure.get(name) for name in COLUMNS] for figure in group["figures"]]
         sent[f"eval/{group['title'].lower()}"] = wandb.Table(columns=list(COLUMNS), data=rows)
     logger.log_metrics(sent, 0)

@@ -30,6 +30,7 @@ from avdiffusion.callbacks.evaluated import log_report
 from avdiffusion.data.index import cache_folder
 from avdiffusion.evaluation import report, run
 from avdiffusion.evaluation.sets import ClipSet, Files, Form, Items, Sampled, form_of
+from avdiffusion.metrics.power import NEEDED
 from avdiffusion.systems.diffusion import DiffusionSystem
 from avdiffusion.systems.step import Step
 
@@ -233,11 +234,13 @@ def warnings(groups: list, sets: Mapping[str, ClipSet]) -> list[str]:
     """What a reader must know before any number."""
     found = []
     for title, figures in groups:
-        weak = [f.label for f in figures if f.power is not None and f.power < 0.7]
+        judged = [f for f in figures if f.power is not None]
+        weak = [f.key for f in judged if not f.power >= NEEDED]
         if weak:
+            which = "no figure" if len(weak) == len(judged) else f"none of {', '.join(weak)}"
             found.append(
-                f"{title}: {', '.join(weak)} cannot tell real pairs from shifted ones on this "
-                "reference (power below 0.7): they say nothing on this data"
+                f"{title}: {which} can tell real pairs from shifted ones on this reference "
+                f"(power below {NEEDED:g}): nothing follows from them"
             )
     if "reference" in sets and "train" in sets and sets["reference"].path == sets["train"].path:
         found.append("the reference is what the model was trained on: distances reward copying it")

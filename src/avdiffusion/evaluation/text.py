@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-WEAK = 0.7  # power below which a metric says nothing on this data
+from avdiffusion.metrics.power import NEEDED
+
 SETS = {
     "samples": "Samples",
     "reference": "Reference",
@@ -58,9 +59,9 @@ def counts(figure: Mapping) -> str:
 def weak(figure: Mapping) -> str:
     """Why a figure says nothing; nothing if it does say something."""
     power = figure.get("power")
-    if power is None or power >= WEAK:
+    if power is None or power >= NEEDED:
         return ""
-    return f"says nothing on this data: its power is {number(power, 2)}, below {WEAK}"
+    return f"says nothing on this data: its power is {number(power, 2)}, below {NEEDED}"
 
 
 def conditions(report: Mapping) -> str:
@@ -166,7 +167,7 @@ def _given(figure, field):
 def _power(figure):
     if figure.get("power") is None:
         return ""
-    return number(figure["power"], 2) + (f" (says nothing below {WEAK})" if weak(figure) else "")
+    return number(figure["power"], 2) + (f" (says nothing below {NEEDED})" if weak(figure) else "")
 
 
 def _pairs(pairs):

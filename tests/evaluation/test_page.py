@@ -96,7 +96,7 @@ def test_columns_that_say_nothing_are_left_out(html):
     one, two = html.split("<table class=figures>")[1:]
     heads = [re.findall(r"<th scope=col[^>]*>([^<]+)", table) for table in (one, two)]
     assert heads[0] == ["Figure", "Value", "Real against real", "Clips"]
-    assert heads[1] == ["Figure", "Value", "Chance", "Real pairs", "Power", "Clips"]
+    assert heads[1] == ["Figure", "Value", "Chance", "Real", "Power", "Clips"]
 
 
 def test_the_same_lag_curve_is_drawn_once(html):

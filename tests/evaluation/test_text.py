@@ -111,7 +111,7 @@ def test_every_distance_carries_what_it_depends_on():
 
 def test_columns_that_say_nothing_are_left_out():
     head, rows = figure_rows(small_report()["groups"][1], {})
-    assert head == ["Figure", "Value", "95 % interval", "Chance", "Real pairs", "Power", "N"]
+    assert head == ["Figure", "Value", "95 % interval", "Chance", "Real", "Power", "N"]
     assert rows[0][2:] == ["0.1800 to 0.2500", "0.01000", "0.3100", rows[0][5], "80"]
     assert rows[2] == ["SILENT", "–", "", "", "", "", "–"]
 

@@ -59,11 +59,11 @@ def interval_chart(
         return ""
     points = [0, value, *marks.values(), *ends]
     start, end = min(points), max(points)
-    scale = (WIDTH - 12) / ((end - start) or 1)
+    length = (end - start) or 1
     middle = HEIGHT / 2
 
     def at(x):
-        return f"{6 + (x - start) * scale:.1f}"
+        return f"{6 + (x - start) / length * (WIDTH - 12):.1f}"
 
     parts = [f'<path class=axis d="M6 {middle}H{WIDTH - 6}M{at(0)} 6V14"/>']
     told = [f"value {number(value)}"]

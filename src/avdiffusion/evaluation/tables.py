@@ -21,7 +21,7 @@ COLUMNS = {  # field of a figure: head of its column, what it means
     "value": ("Value", "with its 95 % interval, by bootstrap over clips"),
     "floor": ("Real against real", "what so many real clips get against the reference"),
     "chance": ("Chance", "what mismatched pairs get"),
-    "ceiling": ("Real pairs", "what real clips get"),
+    "ceiling": ("Real", "what real clips get"),
     "power": ("Power", "how well real pairs are told from shifted ones (AUROC) on the reference"),
     "n": ("Clips", "samples, and the clips that they were compared to"),
 }
@@ -56,7 +56,7 @@ def group_html(group: Mapping, report: Mapping) -> str:
 def tile_html(figure: Mapping) -> str:
     """One figure, large."""
     texts = {"real against real": floor(figure)}
-    for name, field in (("chance", "chance"), ("real pairs", "ceiling")):
+    for name, field in (("chance", "chance"), ("real", "ceiling")):
         texts[name] = "" if figure.get(field) is None else number(figure[field])
     beside = ", ".join(f"{name} {text}" for name, text in texts.items() if text)
     return (

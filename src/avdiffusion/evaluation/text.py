@@ -138,7 +138,7 @@ def figure_rows(group: Mapping, report: Mapping) -> tuple[list[str], list[list[s
         "95 % interval": lambda f: interval(f, 4),
         "Real against real": lambda f: floor(f, 4),
         "Chance": lambda f: _given(f, "chance"),
-        "Real pairs": lambda f: _given(f, "ceiling"),
+        "Real": lambda f: _given(f, "ceiling"),
         "Power": _power,
         "N": counts,
         "Extractor": lambda f: f.get("extractor") or "",

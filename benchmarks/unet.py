@@ -4,12 +4,16 @@ python benchmarks/unet.py
 python benchmarks/unet.py --sizes tiny,small --dtype bf16 --compile
 python benchmarks/unet.py --device cuda --dtype bf16 --json unet.json
 python benchmarks/unet.py --sizes base --against unet.json
+
+The forward pass is called as sampling calls it (eager or compiled), in bfloat16 with its weights
+rounded beforehand; forward and backward together are as in training.
 """
 
 import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avdiffusion import memory
 from avdiffusion.nn.coupled_unet import CoupledUNet
+from avdiffusion.systems.step import Step
 
+PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CONFIGS = Path(__file__).parents[1] / "configs" / "model" / "net"
 
 
@@ -69,9 +75,9 @@ def measure(size, args):
                 return nullcontext()
             return torch.autocast(device.type, torch.bfloat16)
 
-        def forward():
-            with torch.no_grad(), cast():
-                net(video, audio, time=steps, shifts=shifts)
+        def forward(call):
+            with torch.no_grad():
+                call(video, audio, time=steps, shifts=shifts)
 
         def step():
             net.zero_grad()
@@ -79,11 +85,15 @@ def measure(size, args):
                 outputs = net(video, audio, time=steps, shifts=shifts)
             sum(output.float().square().mean() for output in outputs).backward()
 
+        chosen = {"precision": PRECISION[args.dtype], "capture": False}
+        call = Step(**chosen)(net)
         with Operations() as operations:
-            forward()
+            forward(call)
+        call = partial(forward, Step(**chosen, compile=args.compile)(net))
+        seconds = best_time(call, device, args.repeats)
+        del call  # and weights in bfloat16
         if args.compile:
             net.compile(dynamic=False)
-        seconds = best_time(forward, device, args.repeats)
         step_seconds = None if args.forward_only else best_time(step, device, args.repeats)
     speed = flops / seconds / 1e9
     rate = conv_rate(device, DTYPES[args.dtype])

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from avdiffusion.nn.blocks import time_embedding
+from avdiffusion.compiled import missing
+from avdiffusion.nn.attention import CrossAttention, SelfAttention
+from avdiffusion.nn.blocks import Branch, time_embedding
 from avdiffusion.nn.coupled_unet import CoupledUNet
 from avdiffusion.published import from_published, to_published
 
@@ -74,6 +76,29 @@ def test_the_network_is_one_graph_for_compilers_and_the_published_one():
     assert relative(frames_first(outputs[0]), theirs["video"]) <= 1e-4
     assert relative(outputs[1], theirs["audio"]) <= 1e-4
     assert relative(frames_first(video.grad), theirs["grad_video"]) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(missing("cpu") is not None, reason=f"torch.compile needs {missing('cpu')}")
+def test_kernels_of_the_default_compiler_give_the_published_numbers():
+    """Block by block, so that equal ones share kernels: as one graph it takes many minutes.
+
+    The decoder's residual blocks, which differ from the encoder's in widths alone, stay eager.
+    """
+    theirs, meta = recording("midshift")
+    net, video, audio, time = network(meta)
+    shifts = torch.tensor(net.shift_ranges(video.shape[2])) // 2
+    wide = {branch for stage in net.decoder for branch in stage.res.children()}
+    for block in net.modules():
+        if isinstance(block, Branch | SelfAttention | CrossAttention) and block not in wide:
+            block.compile(dynamic=False, fullgraph=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=100):
+        outputs = net(video, audio, time=time, shifts=shifts)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before + 30
+    assert relative(frames_first(outputs[0]), theirs["video"]) <= 1e-4
+    assert relative(outputs[1], theirs["audio"]) <= 1e-4
 
 
 @pytest.mark.parametrize("case", ["noshift", "midshift"])

@@ -390,6 +390,35 @@ def test_half_precision_is_the_networks_alone():
         assert 1e-4 < apart < 0.03
 
 
+@torch.no_grad()
+def test_weights_are_rounded_beforehand_as_mixed_precision_rounds_them():
+    net, x, told = network()
+    step, given = Step(precision="bf16-mixed"), []
+    for name, module in net.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda module, _, name=name: given.append((name, module.weight.dtype))
+            )
+
+    def compared():
+        found = step(net)(*x, **told)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = net(*x, **told)
+        assert all(map(torch.equal, found, mixed))
+        return found
+
+    before = compared()
+    half = {name for name, dtype in given if dtype == torch.bfloat16}
+    assert {name for name, _ in given} - half == {"time.0", "time.2", "film"}
+    assert len(half) > 30
+    for parameter in net.parameters():  # as an average goes on between two samples
+        assert parameter.dtype == torch.float32
+        parameter.mul_(1.01)
+    after = compared()
+    assert not torch.equal(before[0], after[0])
+    assert len(step.made) == 1
+
+
 @pytest.mark.slow
 def test_compiled_samples_agree():
     model = quiet()

@@ -25,20 +25,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         return attend(*(x[0].transpose(0, 1) for x in (q, k, v)), heads).transpose(0, 1)[None]
     # p beside the heads
     q, k, v = (x.reshape(*x.shape[:2], -1, shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
-    return attend_heads(q, k, v).transpose(1, 2).reshape(shape)
+    return attend_heads(q, k, v).reshape(shape)
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of [B, h, N, d]; the result is [B, N, h, d]."""
     size = parallel(q, k)
     for axis in (0, 1):
         if q.shape[axis] > size[axis]:
             parts = zip(*(x.split(size[axis], axis) for x in (q, k, v)), strict=True)
-            return torch.cat([attend_heads(*part) for part in parts], axis)
+            return torch.cat([attend_heads(*part) for part in parts], 2 * axis)
     if q.is_cpu and q.dtype == torch.bfloat16:
         if torch.is_grad_enabled():  # the weights are large, and soon computed again
-            return recompute(explicit, q, k, v, use_reentrant=False, preserve_rng_state=False)
-        return explicit(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+            found = recompute(explicit, q, k, v, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = explicit(q, k, v)
+    else:
+        found = F.scaled_dot_product_attention(q, k, v)
+    return found.transpose(1, 2)
 
 
 def parallel(q: Tensor, k: Tensor) -> tuple[int, int]:
@@ -53,8 +57,10 @@ def parallel(q: Tensor, k: Tensor) -> tuple[int, int]:
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention with all its weights at once: CPUs multiply bfloat16 fast, but not in blocks."""
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT
-    return logits.softmax(-1).to(v.dtype) @ v
+    shape = q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # a matmul would copy k^T, across memory
+    logits = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=shape[-1] ** -0.5)
+    return (logits.softmax(-1).to(v.dtype) @ v).view(shape)
 
 
 class SelfAttention(nn.Module):

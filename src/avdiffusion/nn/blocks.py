@@ -66,7 +66,8 @@ class Pointwise(nn.Linear):
         # oneDNN's 1x1 convolution is up to twice as fast as the BLAS product behind linear, and
         # PyTorch uses it on a single thread only for 16 images or more
         images = math.gcd(x.numel() // x.shape[-1], 16)
-        flat = channels_first(x.reshape(images, -1, 1, x.shape[-1]))
+        # of another order in memory it would make a slow copy
+        flat = channels_first(x.contiguous().view(images, -1, 1, x.shape[-1]))
         out = F.conv2d(flat, self.weight.view(*self.weight.shape, 1, 1), self.bias)
         if residual is not None:
             out += channels_first(residual.reshape(images, -1, 1, residual.shape[-1]))

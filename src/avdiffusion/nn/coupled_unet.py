@@ -195,6 +195,18 @@ class CoupledUNet(nn.Module):
     def shifts(self, stage: Stage) -> bool:
         return self.shifting and stage.cross is not None and stage.cross.window is not None
 
+    def rounded(self) -> Iterator[str]:
+        """Names of the parameters that automatic mixed precision rounds at every call, as they are.
+
+        Not of `time` and `film`, which compute in full precision, nor of weights that are added
+        up first, nor of `video_out`, which adds its bias in full precision.
+        """
+        exact = {*self.time, self.film}
+        exact |= {m.space for m in self.modules() if isinstance(m, VideoConv) and m.halve}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in exact:
+                yield from (f"{name}.{each}" for each in ("weight", "bias"))
+
     @property
     def deepest(self) -> int:
         """The largest `depth`: all stages but those in the middle."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from avdiffusion.compiled import MODES, compiled
@@ -19,8 +21,9 @@ Call = Callable[..., Any]
 class Step:
     """Of a network, a function that does what the network does, faster.
 
-    `precision`: "bf16-mixed" runs it under automatic mixed precision. `compile`: true or a mode of
-    torch.compile, for the shapes it meets. `capture` (null: on a GPU) replays CUDA graphs.
+    `precision`: "bf16-mixed" runs it under automatic mixed precision, and weights that the network
+    names by `rounded` are rounded for every function, not at every call of it. `compile`: true or a
+    mode of torch.compile, for the shapes it meets. `capture` (null: on a GPU) replays CUDA graphs.
 
     With an `interval` above 1 only every so many calls compute all of the network. At the others
     the encoder's first `depth` stages and the decoder's that belong to them get what the last
@@ -34,6 +37,7 @@ class Step:
     interval: int = 1
     depth: int = 2
     made: dict[nn.Module, Call] = field(default_factory=dict, init=False, repr=False)
+    halves: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -57,7 +61,10 @@ class Step:
             if self.depth > deepest:
                 raise ValueError(f"reuse.depth={self.depth} is above this network's {deepest}")
         if net not in self.made:
+            self.halves[net] = self._halves(net)
             self.made[net] = self._make(net)
+        for name, half in self.halves[net].items():  # in place, where a graph reads them
+            half.copy_(net.get_parameter(name).detach())
         return self.made[net] if self.interval == 1 else self._reusing(self.made[net])
 
     def settings(self) -> dict[str, object]:
@@ -69,11 +76,20 @@ class Step:
             chosen["reuse"] = {"interval": self.interval, "depth": self.depth}
         return chosen
 
+    def _halves(self, net: nn.Module) -> dict[str, Tensor]:
+        """Room for weights in bfloat16; a compiler makes them where it needs them."""
+        if self.precision == PRECISIONS[0] or self.compile or not hasattr(net, "rounded"):
+            return {}
+        names = net.rounded()
+        return {n: torch.empty_like(net.get_parameter(n), dtype=torch.bfloat16) for n in names}
+
     def _make(self, net: nn.Module) -> Call:
         kind = next(net.parameters()).device.type
         if self.capture and kind != "cuda":
             raise ValueError(f"capture=true makes CUDA graphs, and the model is on {kind}")
-        run = compiled(net, self.compile, kind) if self.compile else net
+        run, halves = compiled(net, self.compile, kind) if self.compile else net, self.halves[net]
+        if halves:
+            run = partial(_with, net, halves)
         mixed, own_graphs = self.precision == "bf16-mixed", MODES.get(self.compile, False)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -98,6 +114,10 @@ class Step:
             return out
 
         return reusing
+
+
+def _with(net: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    return functional_call(net, weights, args, kwargs)
 
 
 class Captured:

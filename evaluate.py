@@ -2,7 +2,7 @@
 
 python evaluate.py samples=CLIPS reference=REAL_CLIPS
 python evaluate.py ckpt=RUN_FOLDER num=1024 "metrics=[fvd,kvd,fad,kad,sync,memorisation]"
-python evaluate.py samples=CLIPS target=ORIGINALS "metrics=[psnr,ssim,lpips]"
+python evaluate.py samples=CLIPS target=ORIGINALS "metrics=[restoration,lpips,stft]"
 python evaluate.py ckpt=best reference=REAL_CLIPS protocol=mmdiffusion
 torchrun --nproc_per_node=4 evaluate.py samples=CLIPS reference=REAL_CLIPS
 """
@@ -13,7 +13,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -29,14 +29,19 @@ from avdiffusion import checkpoint, memory
 from avdiffusion.callbacks.evaluated import log_report
 from avdiffusion.data.index import cache_folder
 from avdiffusion.evaluation import report, run
-from avdiffusion.evaluation.sets import ClipSet, Files, Form, Items, Sampled, form_of
+from avdiffusion.evaluation.form import Form, form_of
+from avdiffusion.evaluation.sets import ClipSet, Files, Items, Sampled
+from avdiffusion.metrics.metric import Metric
 from avdiffusion.metrics.power import NEEDED
 from avdiffusion.systems.diffusion import DiffusionSystem
 from avdiffusion.systems.step import Step
+from avdiffusion.trust import objections
 
 log = logging.getLogger("avdiffusion")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SAMPLES = 256  # of a checkpoint, unless told
+# What a checkpoint may name as its data: they read, and nothing else.
+DATA = {f"avdiffusion.data.{name}" for name in ("clips.Clips", "windows.Windows", "toy.Toy")}
 
 
 def evaluate(config: DictConfig) -> None:
@@ -44,6 +49,8 @@ def evaluate(config: DictConfig) -> None:
     memory.keep_freed()
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
+    if WORLD > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if (config.samples is None) == (config.ckpt is None):
         raise ValueError("what is to be judged? Give a folder, samples=DIR, or a model, ckpt=PATH")
     system, path = None, None
@@ -58,8 +65,10 @@ def evaluate(config: DictConfig) -> None:
     sets = clip_sets(config, metrics, form, system, path)
     rates, target = form.rates, None
     if config.target is not None:
-        target = Files(config.target, form, silent=True, cache=config.cache)
-        target = run.Ordered(target, run.paired(sets["samples"], target))
+        looking = [m for m in metrics.values() if m.extractor.paired]
+        target = run.targets(
+            config.target, real_form(form, looking), sets["samples"], cache=config.cache
+        )
     run.checked(metrics, sets, target, rates)
     if WORLD > 1:
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -70,7 +79,7 @@ def evaluate(config: DictConfig) -> None:
     if RANK:
         return
     options = {name: config[name] for name in ("seed", "resamples", "allow_small")}
-    groups = run.figures(metrics, found, **options)
+    groups = run.figures(metrics, found, sets, **options)
     told = report.content(
         groups,
         sets,
@@ -81,7 +90,7 @@ def evaluate(config: DictConfig) -> None:
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         seconds=round(monotonic() - started, 1),
         protocol={"name": config.protocol.name, "lines": form.lines()},
-        warnings=[*config.protocol.notes, *warnings(groups, sets)],
+        warnings=[*config.protocol.notes, *warnings(config, groups, sets)],
     )
     players = report.entries(told, sets, rates, config.show)
     out = folder(config, path)
@@ -95,28 +104,46 @@ def evaluate(config: DictConfig) -> None:
 
 def form_asked(config: DictConfig, system: DiffusionSystem | None) -> Form:
     """What all clips are brought to: what is set, else the model's own, else the first sample's."""
-    asked = {
-        key: value for key, value in checkpoint.plain(config.form).items() if value is not None
-    }
+    asked = {k: v for k, v in checkpoint.plain(config.form).items() if v is not None}
     if "size" in asked:
         asked["size"] = tuple(asked["size"])
     if system is not None:
         own = of_model(system)
         form = Form(**{**own, **asked})
         if any(own[key] != getattr(form, key) for key in own if key not in ("fit", "loudness")):
+            said = ", ".join(" ".join(line) for line in Form(**own).lines())
             raise ValueError(
-                "a checkpoint's samples are judged as the model makes them, "
-                f"{', '.join(' '.join(line) for line in Form(**own).lines())}: leave form as it "
-                "is, or sample into a folder first and judge that with samples=DIR"
+                f"a checkpoint's samples are judged as the model makes them ({said}), and form or "
+                f"protocol={config.protocol.name} asks for other clips: sample into a folder first "
+                "and judge that with samples=DIR"
             )
         return form
     root = Path(config.samples).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"samples={root} is no folder of clips")
-    record = root / "samples.json"
-    made = json.loads(record.read_text()).get("info", {}) if record.is_file() else {}
-    own = {key: made[key] for key in ("fit", "loudness") if made.get(key) is not None}
-    return form_of(root, Form(**{**own, **asked}), cache=config.cache)
+    known = Form(**{**recorded(root / "samples.json"), **asked})
+    return form_of(root, known, cache=config.cache)
+
+
+def recorded(path: Path) -> dict:
+    """How the data of the model that made a folder of samples were brought to their form."""
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text()).get("info", {})
+        found = {"fit": info.get("fit"), "loudness": info.get("loudness")}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no record of samples: remove it, or mend it") from error
+    if found["fit"] not in (None, "crop", "letterbox") or not isinstance(
+        found["loudness"], int | float | None
+    ):
+        raise ValueError(f"{path} says {found}: remove it, or mend it")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def real_form(form: Form, metrics: Iterable[Metric]) -> Form:
+    """Without the modalities of real clips that no metric looks at: they may lack them."""
+    return form.only({need for metric in metrics for need in metric.extractor.needs})
 
 
 def of_model(system: DiffusionSystem) -> dict:
@@ -144,66 +171,75 @@ def clip_sets(
     common = {"cache": config.cache, "seed": config.seed}
     sets: dict[str, ClipSet] = {}
     if system is None:
-        sets["samples"] = Files(config.samples, form, num=config.num, silent=True, **common)
+        judged = replace(form, loudness=None)
+        sets["samples"] = Files(config.samples, judged, most=config.num, silent=True, **common)
     else:
         sets["samples"] = sampled(config, system, path)
     count = len(sets["samples"].names)
-    limits = {"reference": config.reference_num, "real": config.reference_num}
-    limits["train"] = config.train_num
+    if config.num is not None and count < config.num:
+        raise ValueError(f"{config.samples} holds {count} clips, not num={config.num}")
     for place in ("reference", "real", "train"):
-        if not any(run.looks(metric, place) for metric in metrics.values()):
+        looking = [metric for metric in metrics.values() if run.looks(metric, place)]
+        if not looking:
+            if config[place] is not None:
+                log.warning("%s=%s is not read: no metric here looks at it", place, config[place])
             continue
-        limit = limits[place] if limits[place] is not None else count
-        own = "train" if place == "train" or not config.held_out else "val"
-        windows = config.windows if place != "train" else "disjoint"
-        options = {"windows": windows, **common}
+        asked = config.train_num if place == "train" else config.reference_num
+        options = {
+            "most": count if asked is None else asked,
+            "windows": config.windows if place != "train" else "disjoint",
+            **common,
+        }
+        wanted = real_form(form, looking)
         if config[place] is not None:
-            sets[place] = limited(config[place], form, limit, **options)
+            sets[place] = Files(config[place], wanted, on_bad=config.on_bad, **options)
         elif system is not None and place != "real":
-            sets[place] = own_clips(system, own, form, limit, **options)
+            own = "train" if place == "train" or not config.held_out else "val"
+            sets[place] = own_clips(config, system, own, wanted, **options)
     return sets
 
 
 def own_clips(
-    system: DiffusionSystem, side: str, form: Form, most: int, **options: object
+    config: DictConfig, system: DiffusionSystem, part: str, form: Form, **options: object
 ) -> ClipSet:
-    """The clips a checkpoint was validated or trained with, if they are there."""
-    node = system.config["data"].get(side)
-    target = str((node or {}).get("_target_", ""))
-    if not target.startswith("avdiffusion.data."):
+    """The clips a checkpoint was validated (`part` val) or trained with, if they are there."""
+    node = dict(system.config["data"].get(part) or {})
+    target = node.pop("_target_", None)
+    if not config.trust and (target not in DATA or any(objections({part: node}))):
         raise ValueError(
-            f"the checkpoint's {side} clips are no data of ours: give folders, reference=DIR"
+            f"the checkpoint's {part} clips are of {target}, which is not built from a file of "
+            f"unknown origin: give folders, reference=DIR and train=DIR, or trust=true"
         )
-    if target.endswith(".Clips"):
-        split = {"split": side, "val_fraction": node["val_fraction"]}
-        return limited(node["root"], form, most, **split, **options)
-    if replace(form, **of_model(system)) != form:
-        raise ValueError(
-            f"the checkpoint's {side} clips come as it was trained with them: leave form as it is"
+    root = node.get("root")
+    if root is not None and not Path(root).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"the checkpoint's {part} clips were in {root}, and there is no such folder: give "
+            "reference=DIR (and train=DIR)"
         )
-    dataset = checkpoint.build({**node, "flip": 0.0} if "flip" in node else node)
-    path = f"{node.get('root') or target.rpartition('.')[2]} ({side})"
-    return Items(dataset, form, path=path, num=min(most, len(dataset)))
-
-
-def limited(root: str, form: Form, most: int, **options: object) -> Files:
-    """The windows of a folder, or `most` of them."""
-    clips = Files(root, form, **options)
-    return clips if len(clips.names) <= most else Files(root, form, num=most, **options)
+    if target == "avdiffusion.data.clips.Clips":
+        split = {key: node[key] for key in ("split", "val_fraction", "on_bad")}
+        return Files(root, form, **split, **options)
+    dataset = checkpoint.build({**node, "_target_": target, **({"flip": 0.0} if root else {})})
+    path = f"{root or target.rpartition('.')[2]} ({part})"
+    return Items(dataset, form, path=path, most=options["most"])
 
 
 def sampled(config: DictConfig, system: DiffusionSystem, path: Path) -> ClipSet:
     """A checkpoint's samples."""
     step = Step(precision=config.precision)
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     settings = {
-        "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "checkpoint": content,
         "sampler": system.config["sampler"],
         "guides": system.config["guide"],
         "seed": config.seed,
         "micro_batch": config.micro_batch,
         **step.settings(),
+        "device": system.device.type,
+        "threads": torch.get_num_threads(),
+        "version": version("avdiffusion"),
     }
-    settings["threads"] = torch.get_num_threads()
 
     def sample(numbers):
         return system.sample(
@@ -223,14 +259,14 @@ def sampled(config: DictConfig, system: DiffusionSystem, path: Path) -> ClipSet:
 def folder(config: DictConfig, path: Path | None) -> Path:
     """Where the report goes."""
     if config.out is not None:
-        return Path(config.out)
+        return Path(config.out).expanduser()
     if path is None:
-        return Path(f"{Path(config.samples)}_evaluation")
+        return Path(f"{Path(config.samples).expanduser()}_evaluation")
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return home / "evaluation" / path.stem
 
 
-def warnings(groups: list, sets: Mapping[str, ClipSet]) -> list[str]:
+def warnings(config: DictConfig, groups: list, sets: Mapping[str, ClipSet]) -> list[str]:
     """What a reader must know before any number."""
     found = []
     for title, figures in groups:
@@ -242,9 +278,18 @@ def warnings(groups: list, sets: Mapping[str, ClipSet]) -> list[str]:
                 f"{title}: {which} can tell real pairs from shifted ones on this reference "
                 f"(power below {NEEDED:g}): nothing follows from them"
             )
-    if "reference" in sets and "train" in sets and sets["reference"].path == sets["train"].path:
-        found.append("the reference is what the model was trained on: distances reward copying it")
+    if config.reference is None and not config.held_out:
+        found.append("the reference is what the model was trained on: distances reward copying")
+    seen = [set(files(sets[place])) for place in ("reference", "train") if place in sets]
+    if len(seen) == 2 and (both := len(seen[0] & seen[1])):
+        found.append(f"{both} files are in the training set and in the reference: not held out")
     return found
+
+
+def files(clips: ClipSet) -> Iterator[Path]:
+    """The files of a set, if it has any."""
+    if isinstance(clips, Files):
+        yield from ((clips.root / path).resolve() for path in set(clips.sources))
 
 
 def summary(groups: list) -> str:

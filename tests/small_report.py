@@ -82,12 +82,12 @@ def small_report() -> dict:
 def small_entries() -> dict[str, Entry]:
     """Three samples and two training clips."""
     entries = {}
-    for k, name in enumerate(["000000", "000001", "000002", "train/a", "train/b"]):
+    for k, name in enumerate(["000000", "000001", "000002", "/train/a", "/train/b"]):
         video, audio = np.full((3, 16, 32, 32), 40 * k, np.uint8), np.zeros((1, 12800), np.float32)
         video[:, 8] = 255
         audio[:, 6400:7200] = 0.8 * np.sin(2 * np.pi * 900 * np.arange(800) / RATE)
         clip = io.mp4_bytes(video, audio, fps=FPS, sample_rate=RATE)
         picture = BytesIO()
         strip(video, audio, fps=FPS, sample_rate=RATE).save(picture, "PNG")
-        entries[name] = Entry(name.removeprefix("train/"), "", clip, picture.getvalue())
+        entries[name] = Entry(name.removeprefix("/train/"), "", clip, picture.getvalue())
     return entries

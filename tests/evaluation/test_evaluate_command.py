@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -66,13 +67,14 @@ def folders(project):
     return project.folder
 
 
-def write_sample(path, k, write=io.write_mp4):
-    """Eight frames of a bar at another place each, and a tone of another height."""
+def write_sample(path, k, write=io.write_mp4, more=0):
+    """Eight frames of a bar at another place each (and `more`), and a tone of another height."""
     path.parent.mkdir(exist_ok=True)
-    video = np.full((3, 8, 32, 64), 40, np.uint8)
-    for t in range(8):
+    video = np.full((3, 8 + more, 32, 64), 40, np.uint8)
+    for t in range(8 + more):
         video[:, t, :, (5 * k + 7 * t) % 60 :][..., :4] = 200
-    tone = np.sin(np.arange(12800) * (0.1 + 0.02 * k)) * (np.arange(12800) % 3200 < 800)
+    now = np.arange(12800 + 1600 * more)
+    tone = np.sin(now * (0.1 + 0.02 * k)) * (now % 3200 < 800)
     write(path, video, 0.5 * tone[None].astype(np.float32), fps=10, sample_rate=16000)
 
 
@@ -147,11 +149,13 @@ def test_a_killed_evaluation_goes_on(project, folders, tmp_path):
     cache = tmp_path / "cache"
     line = f"python evaluate.py samples=samples reference=real {METRICS} cache={cache} out="
     running = project.start(line + str(tmp_path / "a"))
-    while not list(cache.glob("features/*/*/*.npz")):
-        assert os.path.exists(f"/proc/{running.pid}") or not os.path.exists("/proc")
+    begun, found = time.monotonic(), "features/*/*/*/[0-9]*.npz"
+    while not list(cache.glob(found)):
+        assert time.monotonic() < begun + 100
+        time.sleep(0.01)
     running.kill()
     running.wait()
-    kept = {file: file.stat().st_mtime_ns for file in cache.glob("features/*/*/*.npz")}
+    kept = {file: file.stat().st_mtime_ns for file in cache.glob(found)}
     assert kept
     done = project(line + str(tmp_path / "b"))
     assert done.status == 0, done.err
@@ -187,6 +191,72 @@ def test_a_checkpoint_is_judged_by_arrays_against_its_own_data(project, ckpt, tm
     assert report["sets"]["reference"]["hash"][:12] in text
 
 
+@pytest.fixture
+def hostile(project, ckpt, tmp_path):
+    """A checkpoint with another node for its validation data."""
+
+    def made(node):
+        content = torch.load(ckpt, weights_only=True)
+        content["hyper_parameters"]["data"]["val"] = node
+        torch.save(content, tmp_path / "other.ckpt")
+        return tmp_path / "other.ckpt"
+
+    return made
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_checkpoint_cannot_have_anything_called(project, hostile, tmp_path, inner):
+    call = {"_target_": "avdiffusion.data.index.os.mkdir", "path": str(tmp_path / "made")}
+    toy = {"_target_": "avdiffusion.data.toy.Toy", "num": call}
+    words = 'num=2 allow_small=true "metrics=[kvd_thumbnail]"'
+    done = project(f"python evaluate.py ckpt={hostile(toy if inner else call)} {words}")
+    assert done.status == 1
+    assert "not built from a file of unknown origin" in done.error
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_sample_py_writes_is_judged(project, ckpt, folders, tmp_path):
+    """An mp4 and a wav of each sample, and where the model's data were levelled, the real clips."""
+    assert project(f"python sample.py ckpt={ckpt} num=4 out={tmp_path}/made").status == 0
+    record = tmp_path / "made" / "samples.json"
+    content = json.loads(record.read_text())
+    content["info"]["loudness"] = -40
+    record.write_text(json.dumps(content))
+    line = f'python evaluate.py samples={tmp_path}/made reference=real "metrics=[sound]" out='
+    done = project(line + str(tmp_path / "out"))
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["sets"]["samples"]["count"] == 4
+    said = {place: dict(report["sets"][place]["lines"]) for place in ("samples", "reference")}
+    assert said["reference"]["level"] == "brought to -40 dB"
+    assert "level" not in said["samples"]
+    for broken in ("[1]", '{"info": {"loudness": "x"}}', "{"):
+        record.write_text(broken)
+        assert "samples.json" in project(line + str(tmp_path / "none")).error
+
+
+def test_samples_are_compared_with_the_stretch_of_their_target(project, folders, tmp_path):
+    """Whatever its container, and though it goes on."""
+    for k in range(12):
+        write_sample(tmp_path / "targets" / f"{k:06d}.webm", k, io.write_webm, more=3)
+    line = f'python evaluate.py samples=samples "metrics=[restoration,stft]" out={tmp_path}/out'
+    done = project(f"{line} target={tmp_path}/targets")
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = values(report)
+    assert found["psnr"] > 25  # codecs apart they are the same
+    assert found["ssim"] > 0.8
+
+
+def test_real_clips_may_lack_what_no_metric_looks_at(project, folders, tmp_path):
+    for k in range(3):
+        (tmp_path / "mute").mkdir(exist_ok=True)
+        make_media(tmp_path / "mute" / f"{k}.mp4", seconds=1.0, fps=10, codecs=("libx264", None))
+    line = f"python evaluate.py samples=samples reference={tmp_path}/mute out={tmp_path}/out"
+    assert project(f'{line} "metrics=[flicker]"').status == 0
+    assert "0.mp4 (no sound)" in project(f'{line} "metrics=[flicker,sound]"').error
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -210,6 +280,7 @@ def test_a_checkpoint_is_judged_by_arrays_against_its_own_data(project, ckpt, tm
             'samples=samples "metrics=[restoration]" target=real',
             "12 of 12 samples have no clip of their name in real, such as 000000.mp4",
         ),
+        ('samples=samples num=13 "metrics=[flicker]"', "samples holds 12 clips, not num=13"),
         (
             'samples=samples "metrics=[fvd]" reference=real',
             "I3D needs at least 9 frames, these clips have 8: evaluate longer clips",

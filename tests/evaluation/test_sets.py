@@ -7,7 +7,8 @@ import pytest
 import torch
 from media_files import frame_numbers, make_media, sound_lag
 
-from avdiffusion.evaluation.sets import Files, Form, Items, Sampled, form_of
+from avdiffusion.evaluation.form import Form, form_of
+from avdiffusion.evaluation.sets import Files, Items, Sampled
 from avdiffusion.io import MediaError
 from avdiffusion.media import Media
 
@@ -42,28 +43,29 @@ def test_windows_are_pictures_and_sound_of_one_moment(folder):
 
 
 def test_a_number_of_windows_is_chosen_by_their_names(folder, tmp_path):
-    some = Files(folder, FORM, num=4)
+    some = Files(folder, FORM, most=4)
     assert len(some.names) == 4
     shuffled = tmp_path / "other"
     shuffled.mkdir()
     for name in ("c.mp4", "b.mov", "a.mp4"):
         shutil.copy(folder / name, shuffled / name)
-    again = Files(shuffled, FORM, num=4)
+    again = Files(shuffled, FORM, most=4)
     assert again.names == some.names
     assert again.digest == some.digest
-    fewer = Files(folder, FORM, num=3)
+    fewer = Files(folder, FORM, most=3)
     assert set(fewer.names) < set(some.names)
-    with pytest.raises(ValueError, match=r"holds 6 windows of 0.60 s, not 7: ask for fewer"):
-        Files(folder, FORM, num=7)
+    assert len(Files(folder, FORM, most=7).names) == 6
 
 
 def test_random_windows_begin_a_frame_or_more_apart(folder):
-    clips = Files(folder, FORM, windows="random", num=10, seed=1)
+    clips = Files(folder, FORM, windows="random", most=10, seed=1)
     assert len(set(clips.windows)) == 10
     for path in ("a.mp4", "b.mov"):
         starts = sorted(start for name, start in clips.windows if name == path)
         assert np.allclose(np.diff(starts) * 10, np.round(np.diff(starts) * 10))
-    assert clips.windows != Files(folder, FORM, windows="random", num=10, seed=2).windows
+    assert clips.windows != Files(folder, FORM, windows="random", most=10, seed=2).windows
+    with pytest.raises(ValueError, match="windows=some is neither disjoint nor random"):
+        Files(folder, FORM, windows="some")
 
 
 def test_a_set_is_told_from_others_by_content_and_form(folder, tmp_path):
@@ -90,11 +92,39 @@ def test_silent_clips_are_kept_and_counted_or_refused(folder, tmp_path):
     assert ("silent files", "1") in clips.lines
 
 
+def test_what_cannot_be_read_is_left_out_and_counted_if_asked(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "some")
+    (tmp_path / "some" / "d.mp4").write_bytes(b"no media at all")
+    with pytest.raises(MediaError, match=r"1 of 4 files .* d.mp4 .*on_bad=skip leaves them out"):
+        Files(tmp_path / "some", FORM)
+    clips = Files(tmp_path / "some", FORM, on_bad="skip")
+    assert clips.names == Files(folder, FORM).names
+    assert dict(clips.lines)["left out"].startswith("1 files: d.mp4 (")
+
+
+def test_a_change_anywhere_in_a_file_is_noticed(tmp_path):
+    make_media(tmp_path / "a.avi", seconds=1.0, fps=10, codecs=("rawvideo", "pcm_s16le"))
+    before = Files(tmp_path, FORM).digest
+    assert Files(tmp_path, FORM).digest == before
+    data = bytearray((tmp_path / "a.avi").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.avi").write_bytes(data)
+    assert Files(tmp_path, FORM).digest != before
+
+
+def test_real_clips_are_levelled_and_say_so(folder):
+    form = Form(**{**FORM.__dict__, "loudness": -30.0})
+    found = Files(folder, form).read([0])["audio"]
+    assert 10 * np.log10(np.mean(np.square(found, dtype=np.float64))) == pytest.approx(-30, abs=0.1)
+    assert ("level", "brought to -30 dB") in Files(folder, form).lines
+    assert "level" not in dict(Files(folder, FORM).lines)
+
+
 def test_what_cannot_be_measured_is_named(folder, tmp_path):
     mute = tmp_path / "mute"
     mute.mkdir()
     make_media(mute / "x.mp4", seconds=1.0, fps=10, codecs=("libx264", None))
-    with pytest.raises(MediaError, match=r"x.mp4 \(no sound\); take them out, or choose metrics"):
+    with pytest.raises(MediaError, match=r"cannot be measured: x.mp4 \(no sound\)"):
         Files(mute, FORM)
     alone = Form(fps=10, frames=6, size=(48, 96))
     assert Files(mute, alone).read([0])["video"].shape == (1, 3, 6, 48, 96)
@@ -116,6 +146,9 @@ def test_a_form_is_filled_in_from_the_files(tmp_path):
     )
     assert form.seconds == 1.6
     assert form.rates == {"video": 10, "audio": 16000}
+    assert form.only(["audio"]) == Form(sample_rate=16000, samples=25600, channels=2)
+    with pytest.raises(ValueError, match=r"0\.8 s: form.samples=25600 fits"):
+        Form(fps=10, frames=16, sample_rate=16000, samples=12800)
     smaller = form_of(tmp_path, Form(size=(24, 48), sample_rate=8000, frames=8))
     assert (smaller.size, smaller.frames, smaller.samples) == ((24, 48), 8, 6400)
 
@@ -138,14 +171,13 @@ def test_items_of_a_dataset(tmp_path):
             video = torch.full((3, 6, 48, 96), 10 * k, dtype=torch.uint8)
             return {"video": video, "audio": torch.full((1, 4800), 100 * k, dtype=torch.int16)}
 
-    clips = Items(Data(), FORM, path="data", num=3)
+    clips = Items(Data(), FORM, path="data", most=3)
     found = clips.read([2])
     assert found["video"].max() == found["video"].min() == 20
     assert found["audio"].max() == np.float32(200 / 32768)
-    assert clips.digest == Items(Data(), FORM, path="other", num=3).digest
-    assert clips.digest != Items(Data(), FORM, path="data", num=2).digest
-    with pytest.raises(ValueError, match="data holds 5 clips, not 6"):
-        Items(Data(), FORM, path="data", num=6)
+    assert clips.digest == Items(Data(), FORM, path="other", most=3).digest
+    assert clips.digest != Items(Data(), FORM, path="data", most=2).digest
+    assert len(Items(Data(), FORM, path="data", most=6).names) == 5
 
 
 def test_samples_are_made_once_in_whole_batches(tmp_path):

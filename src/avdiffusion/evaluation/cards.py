@@ -25,7 +25,7 @@ def cards_html(report: Mapping, entries: Mapping[str, Entry], limit: int) -> str
     for pair in report.get("pairs") or ():
         pairs.setdefault(pair["sample"], []).append(pair)
     named = {**pairs, **entries}
-    names = [name for name in named if name in entries and not name.startswith("train/")]
+    names = [name for name in named if name in entries and not name.startswith("/train/")]
     cards = (_card(name, clips.get(name, {}), pairs.get(name, ()), entries) for name in names)
     shown = fitting(cards, limit)
     if not shown:
@@ -50,7 +50,7 @@ def _card(name, clip, pairs, entries):
     html = _band(f"<b>{escape(name)}</b>", facts, entries[name], chart)
     shown = set()
     for pair in pairs:
-        other = f"train/{pair['neighbour']}"
+        other = f"/train/{pair['neighbour']}"
         entry = None if other in shown else entries.get(other)
         shown.add(other)
         html += _band(_near(pair), _distances(pair), entry)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -12,6 +13,8 @@ from avdiffusion.data.index import digest
 from avdiffusion.evaluation.sets import ClipSet
 from avdiffusion.io import replacing
 from avdiffusion.metrics.metric import Extractor, Found, Rates
+
+VERSION = 1  # raised when an extractor comes to find other numbers under the same name
 
 
 class Features:
@@ -31,7 +34,8 @@ class Features:
         *,
         target: ClipSet | None = None,
     ):
-        self.clips, self.rates, self.folder, self.target = clips, rates, folder, target
+        self.clips, self.rates, self.target = clips, rates, target
+        self.folder = folder / f"{version('avdiffusion')}-{VERSION}"
         self.extractors = {extractor.name: extractor for extractor in extractors}
         count = len(clips.names)
         size = clips.batch
@@ -89,7 +93,7 @@ class Features:
         path = self._file(name, k)
         try:
             with np.load(path) as arrays:
-                return {field: arrays[field] for field in arrays.files}
-        except (OSError, ValueError, BadZipFile) as error:
+                return {field: arrays[field] for field in self.extractors[name].fields}
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             os.unlink(path)
             raise ValueError(f"{path} was damaged and is removed: run the command again") from error

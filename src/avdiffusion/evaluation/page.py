@@ -26,7 +26,7 @@ LONG = 400  # characters of a field that a page shows
 
 
 def report_html(report: Mapping, entries: Mapping[str, Entry], *, limit: int = LIMIT) -> str:
-    """The page; `entries` are the players of samples by name, of training clips by train/<name>.
+    """The page; `entries` are the players of samples by name, of training clips by /train/<name>.
 
     Once the clips would exceed `limit` bytes the remaining ones are counted instead of shown.
     """

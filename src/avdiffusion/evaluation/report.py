@@ -101,7 +101,7 @@ def entries(
     wanted = list(dict.fromkeys([p["sample"] for p in pairs] + list(names[:most])))[:most]
     players = {n: entry(sets["samples"], names.index(n), rates, n) for n in wanted}
     for pair in report["pairs"]:
-        other = f"train/{pair['neighbour']}"
+        other = f"/train/{pair['neighbour']}"
         if pair["sample"] in players and other not in players:
             number = sets["train"].names.index(pair["neighbour"])
             players[other] = entry(sets["train"], number, rates, pair["neighbour"])

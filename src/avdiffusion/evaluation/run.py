@@ -1,15 +1,16 @@
 """An evaluation: sets of clips measured once, then compared by every metric."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from torch import distributed
 from tqdm import tqdm
 
-from avdiffusion.data.index import digest
 from avdiffusion.evaluation.features import Features
-from avdiffusion.evaluation.sets import ClipSet
+from avdiffusion.evaluation.form import Form
+from avdiffusion.evaluation.sets import ClipSet, Files
 from avdiffusion.metrics.metric import Figure, Found, Metric, Rates, Sets
 
 log = logging.getLogger("avdiffusion")
@@ -90,10 +91,12 @@ def looks(metric: Metric, place: str) -> bool:
 def figures(
     metrics: Mapping[str, Metric],
     found: Mapping[str, Mapping[str, Found]],
+    sets: Mapping[str, ClipSet],
     **options: object,
 ) -> list[tuple[str, list[Figure]]]:
     """Each heading with the figures under it, in the order in which metrics first name it."""
     groups: dict[str, list[Figure]] = {}
+    sources = {place: labels(clips) for place, clips in sets.items()}
     for name, metric in tqdm(metrics.items(), desc="comparing", unit="metric", disable=None):
         own = {
             place: found[place][metric.extractor.name]
@@ -101,38 +104,31 @@ def figures(
             if looks(metric, place) and metric.extractor.name in found.get(place, {})
         }
         try:
-            rows = metric.figures(Sets(**own, **options))
+            rows = metric.figures(Sets(**own, sources=sources, **options))
         except ValueError as error:
             raise ValueError(f"metrics.{name}: {error}") from error
         groups.setdefault(metric.group, []).extend(rows)
     return list(groups.items())
 
 
-def paired(samples: ClipSet, target: ClipSet) -> Sequence[int]:
-    """The number of each sample's target, which has the sample's name but for its suffix."""
-    place = {_stem(name): k for k, name in enumerate(target.names)}
-    lost = [name for name in samples.names if _stem(name) not in place]
+def labels(clips: ClipSet) -> np.ndarray:
+    """A number for every clip, the same for those of one source."""
+    return np.unique(clips.sources, return_inverse=True)[1]
+
+
+def targets(root: str | Path, form: Form, samples: ClipSet, **options: object) -> Files:
+    """Of each sample the same stretch of the file of its name, whatever that file's suffix."""
+    every = Files(root, form, silent=True, **options)
+    files = {place: path for path, (place, _) in zip(every.sources, every.places, strict=True)}
+    lost = [
+        name
+        for name, (place, _) in zip(samples.names, samples.places, strict=True)
+        if place not in files
+    ]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(samples.names)} samples have no clip of their name in "
-            f"{target.path}, such as {lost[0]}"
+            f"{len(lost)} of {len(samples.names)} samples have no clip of their name in {root}, "
+            f"such as {lost[0]}"
         )
-    return [place[_stem(name)] for name in samples.names]
-
-
-class Ordered:
-    """A set in another order, or some of it."""
-
-    def __init__(self, clips: ClipSet, numbers: Sequence[int]):
-        self.clips, self.numbers = clips, list(numbers)
-        self.path, self.lines, self.batch = clips.path, clips.lines, clips.batch
-        self.digest = digest(f"{clips.digest} {self.numbers}")
-        self.names = [clips.names[k] for k in self.numbers]
-
-    def read(self, numbers: Sequence[int]) -> dict:
-        return self.clips.read([self.numbers[k] for k in numbers])
-
-
-def _stem(name):
-    path, _, at = name.partition("@")
-    return str(Path(path).with_suffix("")) + (f"@{at}" if at else "")
+    windows = [(files[place], every.begin(files[place]) + late) for place, late in samples.places]
+    return Files(root, form, windows=windows, silent=True, **options)

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cached_property
+from importlib.metadata import version
 from math import floor
 from pathlib import Path
 from typing import Protocol
@@ -15,80 +17,29 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from avdiffusion.data.clips import levelled
-from avdiffusion.data.index import build_index, digest, fullest, side
+from avdiffusion.data.index import Entry, build_index, cache_folder, digest, fullest, side
 from avdiffusion.data.windows import spread
-from avdiffusion.io import MediaError, pcm16, read_window, replacing
+from avdiffusion.evaluation.form import Form
+from avdiffusion.io import DECODER, MediaError, pcm16, read_window, replacing
 from avdiffusion.media import Media
-from avdiffusion.writer import pixels, sound
+from avdiffusion.writer import pixels, sound, write_whole
 
 BATCH = 8  # clips read and measured together: part of what a figure depends on, to rounding
-EDGE = 64 * 1024  # bytes at either end of a file that tell its content from another's
 SCALE = np.float32(2.0**-15)  # of 16-bit samples
 ARRAYS = {"video": pixels, "audio": sound}
-log = logging.getLogger("avdiffusion")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """What every clip is brought to before it is measured; no modality without its numbers.
-
-    `size` is (height, width), `fit` crop or letterbox, `loudness` an RMS level in dB (null: as it
-    is). All sets of one evaluation have the same form.
-    """
-
-    fps: float | None = None
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    sample_rate: int | None = None
-    samples: int | None = None
-    channels: int | None = None
-    fit: str = "crop"
-    loudness: float | None = None
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        there = {"video": self.frames, "audio": self.samples}
-        return tuple(name for name, count in there.items() if count)
-
-    @property
-    def rates(self) -> dict[str, float]:
-        rates = {"video": self.fps, "audio": self.sample_rate}
-        return {name: rates[name] for name in self.modalities}
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps if self.frames else self.samples / self.sample_rate
-
-    def request(self) -> dict:
-        """How `io.read_window` is asked for such a clip."""
-        asked = {k: v for k, v in asdict(self).items() if v is not None and k != "loudness"}
-        return asked | {"modalities": self.modalities}
-
-    def lines(self) -> list[tuple[str, str]]:
-        """In words, for a report."""
-        said = []
-        if "video" in self.modalities:
-            height, width = self.size
-            scaled = f"{self.fit}, exact bicubic of swscale (antialiased)"
-            said += [("frames", f"{self.frames} at {self.fps:g} frames a second")]
-            said += [("picture", f"{width}x{height}, {scaled}")]
-        if "audio" in self.modalities:
-            level = f", brought to {self.loudness:g} dB" if self.loudness is not None else ""
-            ways = {1: "mono", 2: "stereo"}.get(self.channels, f"{self.channels} channels")
-            said += [("sound", f"{self.samples} samples at {self.sample_rate} Hz, {ways}{level}")]
-        return said
 
 
 class ClipSet(Protocol):
     """Clips by their numbers: `names`, what tells the set from others (`digest`), `lines` about it.
 
     `read` gives some of them as arrays, video uint8 [B, 3, T, H, W] and audio float32 [B, C, L];
-    `batch` of them are measured together.
+    `batch` of them are measured together. Clips of one of the `sources` are cut from one recording.
     """
 
     batch: int
     path: str
     names: Sequence[str]
+    sources: Sequence[str]
     digest: str
     lines: Sequence[tuple[str, str]]
 
@@ -99,9 +50,10 @@ class Files:
     """Windows of the media files of a folder, all of one form.
 
     `windows`: "disjoint" are those that divide each file evenly, always the same; "random" are any
-    that begin a frame or more apart. At most `num` of them, chosen by their names alone (or for
-    random ones by `seed`), so that more files give other windows, but no order does. A silent file
-    is kept if `silent`; what cannot be read at all is an error that names the files.
+    that begin a frame or more apart; or a list of them, (file, start in seconds). At most `most`,
+    chosen by their names alone (random ones by `seed`), whatever the order of the files. A silent
+    file is kept if `silent`. What cannot be read is an error that names the files, or with
+    `on_bad="skip"` left out and counted.
     """
 
     batch = BATCH
@@ -111,63 +63,75 @@ class Files:
         root: str | Path,
         form: Form,
         *,
-        num: int | None = None,
-        windows: str = "disjoint",
+        most: int | None = None,
+        windows: str | Sequence[tuple[str, float]] = "disjoint",
         split: str = "all",
         val_fraction: float = 0.1,
         silent: bool = False,
+        on_bad: str = "error",
         seed: int = 0,
         cache: str | Path | None = None,
     ):
-        self.root, self.form, self.path = Path(root).expanduser(), form, str(root)
-        entries = entries_of(self.root, form.modalities, form, silent=silent, cache=cache)
+        self.root, self.form, self.cache = Path(root).expanduser(), form, cache
+        self.path = str(root) if split == "all" else f"{root} ({split})"
+        entries, self.left_out = usable(self.root, form, silent, on_bad, cache)
         chosen = side({entry.path for entry in entries}, split, val_fraction, self.root)
-        entries = [entry for entry in entries if entry.path in chosen]
-        self.windows, held = [], 0
-        for entry in entries:
-            start, end = entry.info.span(form.modalities)
-            room = max(0.0, end - start - form.seconds - (0.5 / form.fps if form.fps else 0))
-            if windows == "random":
-                hop = 1 / (form.fps or 10)
-                starts = [start + k * hop for k in range(floor(room / hop) + 1)]
-            else:
-                starts, _ = spread(start, room, form.seconds)
-            self.windows += [(entry.path, at) for at in starts]
-        held = len(self.windows)
-        if num is not None and num > held:
-            raise ValueError(
-                f"{self.root} holds {held} windows of {form.seconds:.2f} s, not {num}: ask for "
-                "fewer, or give more clips"
-            )
-        if num is not None and windows == "random":
-            picked = np.random.default_rng(seed).permutation(held)[:num]
-            self.windows = [self.windows[k] for k in sorted(picked)]
-        elif num is not None and num < held:
-            self.windows = sorted(sorted(self.windows, key=_place)[:num])
+        self.entries = {entry.path: entry for entry in entries if entry.path in chosen}
+        self.kind = windows if isinstance(windows, str) else "given"
+        if self.kind == "given":
+            self.windows = list(windows)
+        else:
+            self.windows = [(e.path, at) for e in self.entries.values() for at in self._starts(e)]
+        if most is not None and most < len(self.windows):
+            self.windows = sorted(sorted(self.windows, key=self._place(seed))[:most])
+        self.places = [(_stem(path), at - self.begin(path)) for path, at in self.windows]
         self.names = [f"{path}@{at:.3f}" if at else path for path, at in self.windows]
-        self._entries = {entry.path: entry for entry in entries}
-        self._kind = f"{windows} windows"
+        self.sources = [path for path, _ in self.windows]
+
+    def begin(self, path: str) -> float:
+        """When all that is measured of a file has begun, on the file's own clock."""
+        return self.entries[path].info.span(self.form.modalities)[0]
+
+    def _starts(self, entry):
+        start, end = entry.info.span(self.form.modalities)
+        snapping = 0.5 / self.form.fps if self.form.fps else 0
+        room = max(0.0, end - start - self.form.seconds - snapping)
+        if self.kind == "disjoint":
+            return spread(start, room, self.form.seconds)[0]
+        if self.kind != "random":
+            raise ValueError(f"windows={self.kind} is neither disjoint nor random")
+        hop = 1 / (self.form.fps or 10)
+        return [start + k * hop for k in range(floor(room / hop) + 1)]
+
+    def _place(self, seed):
+        """A function of a window that puts any number of them in an order of chance."""
+        salt = f"{seed} " if self.kind == "random" else ""
+        return lambda window: digest(f"{salt}{window[0]}@{window[1]:.6f}")
 
     @cached_property
     def digest(self) -> str:
-        """Of the windows, and of the names, sizes and ends of the files they are in."""
-        files = sorted({path for path, _ in self.windows})
-        content = [(path, self._entries[path].size, _ends(self.root / path)) for path in files]
-        return digest(json.dumps([content, self.windows, asdict(self.form)]))
+        """Of the windows, of the content of the files they are in, and of how they are read."""
+        paths = sorted(set(self.sources))
+        content = hashes(self.root, [self.entries[path] for path in paths], self.cache)
+        how = [asdict(self.form), DECODER, version("av")]
+        return digest(json.dumps([paths, content, self.windows, how]))
 
     @property
     def lines(self) -> list[tuple[str, str]]:
-        codecs = Counter()
-        used = {path for path, _ in self.windows}
-        for path in used:
-            info = self._entries[path].info
-            codecs[" + ".join(c for c in (info.video_codec, info.audio_codec) if c)] += 1
+        used = [self.entries[path] for path in sorted(set(self.sources))]
+        codecs = Counter(
+            " + ".join(c for c in (e.info.video_codec, e.info.audio_codec) if c) for e in used
+        )
         said = ", ".join(f"{name} ({count} files)" for name, count in codecs.most_common())
-        lines = [("clips", f"{len(self.names)} {self._kind} of {len(used)} files")]
-        lines += [("codec read", said)]
-        silent = sum(not self._entries[path].audible for path in used)
-        if silent and "audio" in self.form.modalities:
-            lines.append(("silent files", str(silent)))
+        lines = [("clips", f"{len(self.names)} {self.kind} windows of {len(used)} files")]
+        lines.append(("codec read", said))
+        if self.left_out:
+            lines.append(("left out", f"{len(self.left_out)} files: {listed(self.left_out)}"))
+        if "audio" in self.form.modalities:
+            if self.form.loudness is not None:
+                lines.append(("level", f"brought to {self.form.loudness:g} dB"))
+            if silent := sum(not entry.audible for entry in used):
+                lines.append(("silent files", str(silent)))
         return lines
 
     def read(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
@@ -177,9 +141,8 @@ class Files:
         window = read_window(self.root / path, start, **self.form.request())
         window.pop("start")
         if "audio" in window:
-            window["audio"] = pcm16(levelled(window["audio"], self.form.loudness)) * np.float32(
-                SCALE
-            )
+            levels = pcm16(levelled(window["audio"], self.form.loudness))
+            window["audio"] = levels * SCALE
         return window
 
 
@@ -188,11 +151,10 @@ class Items:
 
     batch = BATCH
 
-    def __init__(self, dataset: Dataset, form: Form, *, path: str, num: int | None = None):
+    def __init__(self, dataset: Dataset, form: Form, *, path: str, most: int | None = None):
         self.dataset, self.form, self.path = dataset, form, path
-        if num is not None and num > len(dataset):
-            raise ValueError(f"{path} holds {len(dataset)} clips, not {num}: ask for fewer")
-        self.names = [f"{k:06d}" for k in range(len(dataset) if num is None else num)]
+        count = len(dataset) if most is None else min(most, len(dataset))
+        self.names = self.sources = [f"{k:06d}" for k in range(count)]
 
     @cached_property
     def digest(self) -> str:
@@ -232,7 +194,8 @@ class Sampled:
         batch: int = BATCH,
     ):
         self.sample, self.path, self.batch = sample, path, batch
-        self.names = [f"{k:06d}" for k in range(num)]
+        self.names = self.sources = [f"{k:06d}" for k in range(num)]
+        self.places = [(name, 0.0) for name in self.names]
         own = digest(json.dumps(dict(settings), sort_keys=True, default=str))
         self.folder, self.digest = folder / own, f"{own}-{num}"
         said = ", ".join(f"{k} {_name(v)}" for k, v in settings.items() if v)
@@ -274,85 +237,56 @@ def stacked(windows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray
     return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
 
-def form_of(root: Path, known: Form, *, cache: str | Path | None = None) -> Form:
-    """A form filled in from the first file of a folder, where `known` leaves anything open.
-
-    Raises ValueError if the files differ from each other in what is taken from them.
-    """
-    index = build_index(root, cache=cache)
-    infos = {entry.path: entry.info for entry in index.entries if entry.info}
-    if not infos:
-        raise FileNotFoundError(f"no audio or video files in {root}")
-    facts = {path: _facts(info, known) for path, info in infos.items()}
-    kinds = Counter(facts.values())
-    if len(kinds) > 1:
-        (usual, count), (other, _) = kinds.most_common(2)
-        odd = next(path for path, fact in facts.items() if fact == other)
-        raise ValueError(
-            f"{root} is mixed: {count} of {len(facts)} files have {_said(usual)}, but {odd} has "
-            f"{_said(other)}: say what all are brought to (form.fps, form.frames, form.size, "
-            "form.sample_rate, form.samples), or take the odd ones out"
-        )
-    return replace(known, **{k: v for k, v in facts.popitem()[1] if v is not None})
-
-
-def _facts(info, known):
-    """(key, value) of what a file says to the keys that `known` leaves open."""
-    found = {}
-    fps, rate = known.fps or info.fps, known.sample_rate or info.sample_rate
-    if "video" in info.modalities:
-        seconds = info.video_end - info.video_start
-        found |= {"fps": round(fps, 3), "size": (info.height, info.width)}
-        found |= {"frames": max(1, round(seconds * fps))}
-    if "audio" in info.modalities:
-        seconds = info.audio_end - info.audio_start
-        frames = known.frames or found.get("frames")
-        if frames:
-            seconds = frames / fps
-        found |= {"sample_rate": rate, "channels": min(info.channels, 2)}
-        found |= {"samples": round(seconds * rate)}
-    return tuple((k, v) for k, v in found.items() if getattr(known, k) is None)
-
-
-def _said(facts):
-    return ", ".join(f"{k}={v}" for k, v in facts) or "nothing"
-
-
-def entries_of(root: Path, modalities: Sequence[str], form: Form, *, silent=False, cache=None):
-    """The usable media files of a folder; an error that names the others, if there are any."""
+def usable(
+    root: Path, form: Form, silent: bool, on_bad: str, cache: str | Path | None
+) -> tuple[list[Entry], list[str]]:
+    """The media files of a folder that give windows of a form, and why others do not."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is no folder of clips")
     index = build_index(root, cache=cache)
     if not index.entries:
         others = f" ({len(index.ignored)} other files)" if index.ignored else ""
         raise FileNotFoundError(f"no audio or video files in {root}{others}")
-    entries = fullest(index.entries)
-    bad = []
-    for entry in entries:
-        problem = entry.problem(modalities, form.seconds, form.fps or 0)
+    good, bad = [], []
+    for entry in fullest(index.entries):
+        problem = entry.problem(form.modalities, form.seconds, form.fps or 0)
         if problem and not (silent and problem.startswith("silent")):
             bad.append(f"{entry.path} ({problem})")
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        else:
+            good.append(entry)
+    if bad and (on_bad == "error" or not good):
+        remedy = "; on_bad=skip leaves them out" if good else ""
         raise MediaError(
-            f"{len(bad)} of {len(entries)} files in {root} cannot be measured: "
-            f"{', '.join(bad[:3])}{more}; take them out, or choose metrics that do not need what "
-            "they lack"
+            f"{len(bad)} of {len(bad) + len(good)} files in {root} cannot be measured: "
+            f"{listed(bad)}{remedy}"
         )
-    return entries
+    return good, bad
 
 
-def _ends(path):
-    """A hash of the first and last bytes of a file."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        found.update(file.read(EDGE))
-        file.seek(max(file.tell(), path.stat().st_size - EDGE))
-        found.update(file.read(EDGE))
-    return found.hexdigest()[:16]
+def listed(texts: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
-def _place(window):
-    return hashlib.sha256(
-        f"{window[0]}@{window[1]:.6f}".encode("utf-8", "surrogateescape")
-    ).digest()
+def hashes(root: Path, entries: Sequence[Entry], cache: str | Path | None) -> list[str]:
+    """Of the files' content, each read once and remembered while its size and time stay."""
+    store = cache_folder(cache) / f"hashes-{digest(os.path.realpath(root))}.json"
+    try:
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):
+        known = {}
+    found = []
+    for entry in entries:
+        mark = [entry.size, entry.mtime]
+        if known.get(entry.path, [])[:2] != mark:
+            with open(root / entry.path, "rb") as file:
+                known[entry.path] = [*mark, hashlib.file_digest(file, "sha256").hexdigest()[:16]]
+        found.append(known[entry.path][2])
+    with suppress(OSError):
+        store.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(store, json.dumps(known).encode())
+    return found
+
+
+def _stem(path):
+    return str(Path(path).with_suffix(""))

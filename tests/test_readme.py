@@ -1,5 +1,6 @@
 """README and docs hold: their commands parse and run, their links lead somewhere."""
 
+import ast
 import itertools
 import json
 import os
@@ -85,6 +86,17 @@ def test_commands_parse_and_compose(command):
         overrides = [word for word in point if not any(word.endswith(name) for name in own)]
         config = checkpoint.compose(overrides, config=Path(script).stem)
         assert script != "train.py" or config.model._target_
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_commands_of_the_manuals_compose(script):
+    manual = ast.get_docstring(ast.parse((ROOT / script).read_text()))
+    lines = [line.partition(" #")[0] for line in manual.splitlines() if f" {script} " in line]
+    assert len(lines) >= 3
+    for line in lines:
+        words = shlex.split(line.split(script)[1].split("  |  ")[0])
+        words = [word for word in words if word not in FLAGS and "=" in word]
+        checkpoint.compose([w for w in words if "," not in w or "[" in w], config=script[:-3])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="SLURM runs on Linux")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_report import figure, small_report
 
+from avdiffusion.evaluation.report import plain, told
 from avdiffusion.evaluation.text import (
     conditions,
     counts,
@@ -19,6 +20,7 @@ from avdiffusion.evaluation.text import (
     weak,
     with_unit,
 )
+from avdiffusion.metrics.metric import Figure
 
 
 @pytest.mark.parametrize(
@@ -151,3 +153,10 @@ def test_a_report_of_nothing_is_one():
 def test_details_are_cut_but_counted():
     assert short([0.5] * 40).endswith("0.5000, … (40 in all)")
     assert short({"a": [1, 2], "b": None, "c": 0.123456}) == "a 1, 2; b –; c 0.1235"
+
+
+def test_a_power_that_cannot_be_had_is_weak_too():
+    unknown = plain(told(Figure(key="a", label="A", value=0.5, power=float("nan"))))
+    assert unknown["power"] is None
+    assert "finds nothing in real clips" in weak(unknown)
+    assert weak(plain(told(Figure(key="a", label="A", value=0.5)))) == ""

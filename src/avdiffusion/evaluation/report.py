@@ -42,10 +42,16 @@ def content(
         for place, clips in sets.items()
     }
     listed = [
-        {"title": title, "figures": [asdict(figure) for figure in figures]}
+        {"title": title, "figures": [told(figure) for figure in figures]}
         for title, figures in groups
     ]
     return plain({**facts, "sets": described, "groups": listed, **shown(groups, sets, found)})
+
+
+def told(figure: Figure) -> dict:
+    """A figure's fields, and whether its power could not be had of the reference (`blind`)."""
+    blind = figure.power is not None and not isfinite(figure.power)
+    return {**asdict(figure), **({"blind": True} if blind else {})}
 
 
 def shown(

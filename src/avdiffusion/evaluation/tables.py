@@ -18,7 +18,7 @@ from avdiffusion.evaluation.text import (
 from avdiffusion.gallery import table_html
 
 COLUMNS = {  # field of a figure: head of its column, what it means
-    "value": ("Value", "with its 95 % interval, by bootstrap over clips"),
+    "value": ("Value", "with its 95 % interval; the notes say by what"),
     "floor": ("Real against real", "what so many real clips get against the reference"),
     "chance": ("Chance", "what mismatched pairs get"),
     "ceiling": ("Real", "what real clips get"),

@@ -59,6 +59,8 @@ def counts(figure: Mapping) -> str:
 def weak(figure: Mapping) -> str:
     """Why a figure says nothing; nothing if it does say something."""
     power = figure.get("power")
+    if figure.get("blind"):
+        return "says nothing on this data: it finds nothing in real clips"
     if power is None or power >= NEEDED:
         return ""
     return f"says nothing on this data: its power is {number(power, 2)}, below {NEEDED}"

@@ -21,6 +21,8 @@ from avdiffusion.callbacks.publish import BUDGET, players
 from avdiffusion.callbacks.samples import SampleClips, _arrays
 from avdiffusion.callbacks.wandb_run import wandb_logger
 from avdiffusion.gallery import Entry
+from avdiffusion.metrics.distance import Kernel
+from avdiffusion.metrics.metric import Figure
 from avdiffusion.metrics.sync import Sync, ToyF1
 
 av = pytest.importorskip("av")
@@ -110,6 +112,36 @@ def test_a_distance_is_told_the_real_clips(tmp_path):
     trainer, _ = fit(clips(tmp_path, metrics={"distance": Distance()}, real_num=3), steps=4)
     assert seen == [(2, 3), (2, 3)]  # step 2 and the end, never of real clips alone
     assert {"sample/apart"} == {k for k in trainer.callback_metrics if "apart" in k}
+
+
+def test_metrics_of_reports_share_what_an_extractor_finds(tmp_path):
+    calls = []
+
+    class Sound:
+        needs, fields, paired = ("audio",), ("x",), False
+
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, clips, rates):
+            calls.append((self.name, len(clips["audio"])))
+            return {"x": clips["audio"].reshape(len(clips["audio"]), -1)[:, :9]}
+
+    class Mean(Kernel):
+        against_real = False
+
+        def figures(self, sets):
+            return [Figure(key="mean", label="", value=float(sets.samples["x"].mean()))]
+
+    metrics = {key: Kernel(Sound("one"), key=key, scale=s) for key, s in (("kvd", 1), ("kad", 10))}
+    metrics |= {"other": Kernel(Sound("two"), key="other"), "mean": Mean(Sound("one"))}
+    trainer, _ = fit(clips(tmp_path, metrics=metrics, real_num=3), steps=6)
+    assert sorted(calls[:4]) == [("one", 2), ("one", 3), ("two", 2), ("two", 3)]
+    assert calls[4:] == [("one", 2), ("two", 2)] * 2  # steps 4 and 6; real clips once
+    found = {k.removeprefix("sample/"): float(v) for k, v in trainer.callback_metrics.items()}
+    assert {"kvd", "kad", "other", "mean", "mean_real"} <= found.keys()
+    assert found["kad"] == pytest.approx(10 * found["kvd"])
+    assert "kvd_real" not in found
 
 
 def test_integers_of_a_dataset_are_pixels_and_16_bit_samples():

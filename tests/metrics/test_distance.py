@@ -200,6 +200,76 @@ def test_floors_are_of_real_clips_at_the_same_number(metric):
     assert given_real.floor < given_real.low
 
 
+def families(n, each, d, seed=0, spread=0.05):
+    """n files of so many clips that are nearly the same, and the file of each clip."""
+    files = np.repeat(np.arange(n), each)
+    return normal(n, d, seed)[files] + normal(n * each, d, seed + 1, spread), files
+
+
+@EACH
+def test_floors_are_of_files_apart(metric):
+    """Halves that have files in common are nearer to each other than real clips are."""
+    b, files = families(40, 5, 6)
+    a = normal(100, 6, 9)
+    by_clip, by_file = [], []
+    for seed in range(8):
+        (windows,) = metric.figures(sets(a, b, seed=seed))
+        (whole,) = metric.figures(sets(a, b, seed=seed, sources={"reference": files}))
+        assert (windows.floor_n, whole.floor_n) == (100, 100)
+        assert whole.value == windows.value
+        by_clip.append(windows.floor)
+        by_file.append(whole.floor)
+    assert np.mean(by_file) > np.mean(by_clip) + 2 * np.std(by_clip)
+    assert "floor: halves of the reference, files apart" in whole.notes
+    (figure,) = metric.figures(sets(a[:70], b, sources={"reference": files}))
+    assert figure.floor_n == 70
+    real = metric.figures(sets(a, b, real=normal(90, 6, 5), sources={"reference": files}))[0]
+    assert real.floor_n == 90
+    assert "floor: 90 other real clips" in real.notes
+
+
+@EACH
+def test_one_file_has_neither_floor_nor_interval(metric):
+    a, b = normal(80, 6, 0, 1.5), normal(90, 6, 1)
+    (figure,) = metric.figures(sets(a, b, sources={"reference": np.full(90, 3)}))
+    assert figure.floor is figure.floor_n is figure.low is figure.high is None
+    assert "no floor: real clips are too few, or all of one file" in figure.notes
+    assert not any("interval" in note for note in figure.notes)
+    (figure,) = metric.figures(sets(a, b, sources={"samples": np.zeros(80)}))
+    assert figure.low is None
+    assert figure.floor is not None
+
+
+@EACH
+def test_figures_depend_neither_on_the_order_of_clips_nor_on_the_numbers_of_files(metric):
+    (a, of_a), (b, of_b) = families(30, 3, 6, 0), families(25, 4, 6, 1)
+    b[[3, 50]] = b[[9, 70]]  # clips that are in two files
+    (first,) = metric.figures(sets(a, b, sources={"samples": of_a, "reference": of_b}))
+    rng = np.random.default_rng(5)
+    for _ in range(3):
+        i, j = rng.permutation(90), rng.permutation(100)
+        named = {"samples": rng.permutation(30)[of_a[i]], "reference": 9 - 2 * of_b[j]}
+        (again,) = metric.figures(sets(a[i], b[j], sources=named))
+        for name in ("value", "low", "high", "floor"):
+            assert getattr(again, name) == pytest.approx(getattr(first, name), abs=1e-12), name
+        assert again.floor_n == first.floor_n
+
+
+@pytest.mark.parametrize("metric", [METRICS[0], METRICS[2]], ids=["fvd", "kad"])
+def test_clips_that_stand_twice_in_a_file_narrow_no_interval(metric):
+    a, b = normal(200, 4, 0, 1.5), normal(200, 4, 1)
+    twice = [np.repeat(x, 2, axis=0) for x in (a, b)]
+    (once,) = metric.figures(sets(a, b))
+    files = np.repeat(np.arange(200), 2)
+    (whole,) = metric.figures(sets(*twice, sources={"samples": files, "reference": files}))
+    (clips,) = metric.figures(sets(*twice))
+    width = once.high - once.value
+    assert whole.high - whole.value == pytest.approx(width, rel=0.05)
+    assert clips.high - clips.value == pytest.approx(width / 2**0.5, rel=0.05)
+    single = sets(a, b, sources={"samples": np.arange(200), "reference": np.arange(200)[::-1]})
+    assert metric.figures(single)[0] == once
+
+
 @EACH
 def test_bad_sets_are_refused_with_a_remedy(metric):
     a, b = normal(63, 6), normal(100, 6)
@@ -228,7 +298,10 @@ def test_scales_notes_and_names():
     assert any("same numbers" in note for note in plain.notes)
     large = Frechet(Given()).figures(sets(normal(2048, 2, 0), normal(2048, 2, 1)))[0]
     assert not any("main figure" in note for note in large.notes)
-    assert Frechet(Given()).figures(sets(a, b, resamples=0))[0].low is None
+    assert plain.notes[-1] == "interval: jackknife"
+    bare = Frechet(Given()).figures(sets(a, b, resamples=0))[0]
+    assert bare.low is None
+    assert not any("interval" in note for note in bare.notes)
 
 
 def test_kad_is_judged_by_the_bandwidth_of_the_reference():
@@ -239,3 +312,12 @@ def test_kad_is_judged_by_the_bandwidth_of_the_reference():
         Kernel(Given(), kernel="gaussian").figures(sets(a, np.ones((90, 6))))
     with pytest.raises(ValueError, match="choose polynomial or gaussian"):
         Kernel(Given(), kernel="linear")
+    with pytest.raises(ValueError, match=r"gaussian kernel has no degree=2"):
+        Kernel(Given(), kernel="gaussian", degree=2)
+
+
+def test_the_degree_is_three_unless_it_is_given():
+    a, b = normal(80, 6, 0, 1.5), normal(90, 6, 1)
+    for degree, expected in ((None, 3), (3, 3), (2, 2)):
+        (figure,) = Kernel(Given(), degree=degree).figures(sets(a, b))
+        assert figure.value == pytest.approx(kernel(a, b, degree=expected))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avdiffusion.metrics.events import EDGE, Events, Onsets, farneback, grey, normal_flow
-from avdiffusion.metrics.sync import frame_flux, motion_envelope
+from avdiffusion.metrics.sync import frame_flux, motion_envelope, onset_envelope
 
 
 def clicks(times, seconds=1.6, rate=8000):
@@ -117,16 +117,21 @@ def test_what_sounds_throughout_starts_nowhere():
     np.testing.assert_allclose(found["rms"], 0.5 / np.sqrt(2), rtol=0.1)
 
 
-def test_envelopes_are_those_of_sync_but_for_the_ends():
+def test_envelopes_are_those_of_sync_and_nothing_at_the_ends():
     video, audio = snow(16, batch=3), clicks([0.3, 1.1]).repeat(3, axis=0)
     for motion in ("acceleration", "difference"):
         events = Events(motion=motion, flow="difference")
         found = events({"video": video, "audio": audio}, {"video": 10, "audio": 8000})
         np.testing.assert_array_equal(found["motion"], motion_envelope(video, motion))
-        flux, ends = frame_flux(audio, 10, 8000, 16).reshape(3, -1), round(EDGE * 100)
-        np.testing.assert_array_equal(
-            found["flux"].reshape(3, -1)[:, ends:-ends], flux[:, ends:-ends]
-        )
+        flux, ends = frame_flux(audio, 10, 8000, 16), round(EDGE * 100)
+        np.testing.assert_array_equal(found["flux"], flux)
+        heard = onset_envelope(audio, 8000, 0.01)
+        np.testing.assert_allclose(flux.reshape(3, -1)[:, ends:-ends], heard[:, ends:-ends])
+        assert heard[:, 30].min() > 1
+    loud = frame_flux(clicks([0.01, 0.5, 1.585]), 10, 8000, 16).reshape(-1)
+    assert not loud[:ends].any()
+    assert not loud[1 - ends :].any()
+    assert loud[48:53].max() > 1
 
 
 def test_a_clip_is_judged_alone_in_either_number_format():

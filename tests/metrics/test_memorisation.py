@@ -46,6 +46,10 @@ def test_neighbours_are_those_of_all_pairs(n, m, d, seed):
         k = min(3, n - 1)
         within = np.sort(np.linalg.norm(a[:, None] - a, axis=-1), axis=1)[:, k]
         assert kth_nearest(a, k) == pytest.approx(within, rel=1e-6)
+        source = np.arange(n) // 2
+        others = np.linalg.norm(a[:, None] - a, axis=-1)
+        others[source[:, None] == source] = np.inf
+        assert kth_nearest(a, k, source) == pytest.approx(np.sort(others, axis=1)[:, k - 1])
 
 
 def test_planted_copies_are_found_and_shown_first():
@@ -104,6 +108,38 @@ def test_a_reference_of_near_duplicates_blames_nobody():
     assert found["memorisation_ratio"].floor > 2
 
 
+def test_held_out_clips_are_compared_with_those_of_other_files():
+    """As a sample is, which has no siblings among them: then their ratio is that of fresh clips."""
+    files = np.repeat(np.arange(40), 5)
+    reference = normal(40, seed=1)[files] + 0.1 * normal(200, seed=2)
+    train = normal(40, seed=0)[files] + 0.1 * normal(200, seed=5)
+    samples = normal(200, seed=3)
+    clips = memorised(samples, reference, train)["memorisation_ratio"]
+    found = memorised(samples, reference, train, sources={"reference": files})
+    assert clips.floor > 5
+    assert found["memorisation_ratio"].floor == pytest.approx(1, abs=0.15)
+    assert found["memorisation_ratio"].value == clips.value
+    assert found["memorisation"].notes[-1] == "interval: bootstrap, 200 resamples"
+    order, names = np.random.default_rng(0).permutation(200), np.random.default_rng(1)
+    again = memorised(
+        samples, reference[order], train, sources={"reference": names.permutation(40)[files[order]]}
+    )
+    for key, figure in found.items():
+        assert again[key].value == pytest.approx(figure.value, abs=1e-12)
+        assert again[key].floor == pytest.approx(figure.floor, abs=1e-12)
+
+
+def test_samples_of_one_file_are_drawn_together():
+    train, samples, files = normal(300, seed=0), normal(100, seed=1), np.repeat(np.arange(20), 5)
+    samples[:15] = train[:15] + 0.01
+    found = [
+        memorised(samples, normal(200, seed=2), train, sources=sources)["memorisation"]
+        for sources in (None, {"samples": files})
+    ]
+    alone, together = (figure.high - figure.low for figure in found)
+    assert together > 1.5 * alone
+
+
 def test_the_share_does_not_depend_on_the_order_of_clips():
     samples, reference, train = (normal(150, seed=k) for k in range(3))
     samples[:30] = train[:30] + 0.1
@@ -124,6 +160,8 @@ def test_what_is_missing_or_wrong_is_said():
         memorised(clips, clips, clips)
     with pytest.raises(ValueError, match="allow_small=true"):
         memorised(clips[:20], clips, clips)
+    with pytest.raises(ValueError, match=r"reference clips are of one file.* give more files"):
+        memorised(clips, clips, clips, sources={"reference": np.zeros(100)})
 
 
 def shares(samples, reference, k=3, **options):
@@ -186,4 +224,25 @@ def test_manifolds_do_not_depend_on_the_order_of_clips():
 
 def test_manifolds_need_more_clips_than_neighbours():
     with pytest.raises(ValueError, match="more than 3 clips"):
-        shares(normal(5), normal(6), allow_small=True)
+        shares(normal(3), normal(6), allow_small=True)
+    for figure in shares(normal(5), normal(6), allow_small=True).values():
+        assert figure.floor is figure.floor_n is None
+        assert "no floor" in figure.notes[1]
+
+
+def test_floors_of_manifolds_are_of_files_apart():
+    files = np.repeat(np.arange(30), 6)
+    reference = normal(30, 4)[files] + 0.02 * normal(180, 4, 1)
+    samples = reference[:90] + 0.02 * normal(90, 4, 2)  # of half of the files
+    clips = shares(samples, reference)
+    found = shares(samples, reference, sources={"reference": files})
+    assert clips["precision"].floor > 0.9
+    assert found["precision"].floor < 0.5
+    assert found["precision"].value == clips["precision"].value
+    assert found["precision"].notes[1:] == [
+        "floor: halves of the reference, files apart", "interval: bootstrap, 200 resamples",
+    ]  # fmt: skip
+    alone, together = (one["coverage"].high - one["coverage"].low for one in (clips, found))
+    assert together > 1.5 * alone
+    mixed = np.random.default_rng(0).permutation(180)
+    assert found == shares(samples, reference[mixed], sources={"reference": -files[mixed]})

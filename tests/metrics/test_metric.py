@@ -9,7 +9,8 @@ from torch import distributed, multiprocessing
 
 from avdiffusion.metrics.distance import Frechet
 from avdiffusion.metrics.mean import Mean
-from avdiffusion.metrics.metric import Figure, Metric, Sets
+from avdiffusion.metrics.metric import Figure, Findings, Metric, Sets
+from avdiffusion.metrics.quality import Restoration
 
 RATES = {"video": 10.0, "audio": 4000.0}
 
@@ -102,6 +103,46 @@ def test_a_metric_without_figures_says_so():
     metric.update(clips(3, 0), RATES)
     with pytest.raises(TypeError, match="Nothing has no figures"):
         metric.compute()
+
+
+def test_metrics_against_a_target_are_for_reports_alone():
+    metric = Mean(Restoration())
+    told = r"Restoration compares with a target: it is for evaluate.py target=DIR alone"
+    with pytest.raises(ValueError, match=told):
+        metric(clips(3, 0), RATES)
+    with pytest.raises(ValueError, match=told):
+        metric.update(clips(3, 0), RATES)
+
+
+def test_an_extractor_is_asked_once_of_the_same_clips():
+    calls = []
+
+    class Counted(Powers):
+        def __call__(self, clips, rates):
+            calls.append(self.name)
+            return super().__call__(clips, rates)
+
+    class Other(Counted):
+        name = "other powers"
+
+    found = Findings(clips(70, 0), RATES)
+    metrics = [Frechet(Counted(), key=key) for key in "ab"] + [Frechet(Other())]
+    first, second, _ = (found(metric) for metric in metrics)
+    assert first is second
+    assert calls == ["powers", "other powers"]
+    real = Findings(clips(70, 1), RATES)
+    expected = Frechet(Powers())(clips(70, 0), RATES, clips(70, 1))["fvd"]
+    assert metrics[0].values(first, real(metrics[0])) == {"a": expected}
+
+
+def test_a_clip_has_a_file_of_its_own_where_none_is_given():
+    sets = Sets(
+        samples={"x": np.zeros((4, 2))},
+        reference={"x": np.zeros((3, 2))},
+        sources={"reference": [5, 5, 1]},
+    )
+    assert sets.source("samples").tolist() == [0, 1, 2, 3]
+    assert sets.source("reference").tolist() == [5, 5, 1]
 
 
 def test_values_are_those_of_the_figures():

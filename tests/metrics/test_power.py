@@ -56,6 +56,31 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     assert interval(lambda at: float("nan"), 9, 20) == (None, None)
 
 
+def test_whole_files_are_drawn():
+    rng, held = np.random.default_rng(0), 0
+    files = np.repeat(np.arange(40), 4)
+    for k in range(100):
+        values = rng.normal(0, 1, 40)[files] + rng.normal(0, 0.3, 160)
+        low, high = interval(
+            lambda at, v=values: float(v[at].mean()), 160, 200, seed=k, source=files
+        )
+        held += low < 0 < high
+    assert held >= 85
+    drawn = []
+    interval(lambda at: drawn.append(at) or 0.0, 6, 5, source=np.array([4, 9, 4, 7, 7, 7]))
+    for at in drawn:
+        counts = np.bincount(at, minlength=6)
+        assert counts[0] == counts[2]
+        assert counts[3] == counts[4] == counts[5]
+        assert counts[[0, 1, 3]].sum() == 3
+    assert interval(lambda at: 0.0, 9, 20, source=np.ones(9)) == (None, None)
+    one, other = (
+        interval(lambda at, v=values: float(v[at].mean()), 160, 50, source=source)
+        for source in (None, np.arange(160))
+    )
+    assert one == other
+
+
 @given(st.integers(1, 40), st.integers(0, 5))
 def test_no_clip_keeps_its_sound_and_no_pair_comes_twice(num, seed):
     orders = pairings(num, np.random.default_rng(seed), 8)

@@ -130,8 +130,8 @@ def test_perceptual_distances_are_means_of_frames(monkeypatch):
     import types
 
     class LPIPS:
-        def __init__(self, net):
-            self.name = f"LPIPS {net}"
+        def __init__(self, net, device):
+            self.name = f"LPIPS {net} on {device}"
 
         def __call__(self, a, b):
             assert a.dtype == b.dtype == torch.uint8
@@ -142,8 +142,8 @@ def test_perceptual_distances_are_means_of_frames(monkeypatch):
     monkeypatch.setitem(sys.modules, "avdiffusion.metrics.lpips", module)
     target = pictures(2, 3, 4, 16, 20)
     video = noisy(target, 9)
-    extractor = Perceptual(net="vgg")
-    assert extractor.name == "LPIPS vgg"
+    extractor = Perceptual(net="vgg", device="cpu")
+    assert extractor.name == "LPIPS vgg on cpu"
     expected = np.abs(video.astype(float) - target).mean((1, 2, 3, 4))
     found = extractor({"video": video}, RATES, {"video": target})["lpips"]
     assert found == pytest.approx(expected, rel=1e-5)
@@ -301,7 +301,9 @@ def test_means_stand_beside_those_of_the_reference():
     assert (x.key, x.label, x.unit, x.better) == ("a_x", "ex", "dB", "higher")
     assert x.value == pytest.approx(np.nanmean(samples["x"]))
     assert (x.ceiling, x.n, x.n_reference) == (4.5, 180, 2)
-    assert x.notes == ["20 of 200 clips have no such number"]
+    bootstrap = "interval: bootstrap, 200 resamples"
+    assert x.notes == ["20 of 200 clips have no such number", bootstrap]
+    assert y.notes == ["200 of 200 clips have no such number"]
     error = np.nanstd(samples["x"]) / np.sqrt(180)
     assert (x.high - x.low) / (2 * 1.96) == pytest.approx(error, rel=0.25)
     assert (y.key, y.label, y.n, y.low) == ("a_y", "y", 0, None)
@@ -310,3 +312,28 @@ def test_means_stand_beside_those_of_the_reference():
     assert Mean(Numbers(), prefix="a_").figures(Sets(samples=mixed, reference=reference))[0] == x
     alone = Mean(Numbers()).figures(Sets(samples=samples, resamples=0))[0]
     assert (alone.ceiling, alone.n_reference, alone.low, alone.high) == (None, None, None, None)
+
+
+def test_clips_of_one_file_are_drawn_together():
+    rng = np.random.default_rng(0)
+    files = np.repeat(np.arange(40), 5)
+    samples = {"x": rng.normal(0, 1, 40)[files] + rng.normal(0, 0.1, 200), "y": np.ones(200)}
+    samples["x"][7] = np.nan
+
+    def figure(order, sources):
+        mixed = {name: values[order] for name, values in samples.items()}
+        return Mean(Numbers()).figures(Sets(samples=mixed, sources=sources))[0]
+
+    alone, together = (figure(np.arange(200), sources) for sources in (None, {"samples": files}))
+    assert together.value == pytest.approx(alone.value)
+    assert together.high - together.low > 1.7 * (alone.high - alone.low)  # 5^0.5
+    order = rng.permutation(200)
+    again = figure(order, {"samples": 100 - 3 * files[order]})
+    for name in ("value", "low", "high"):
+        assert getattr(again, name) == pytest.approx(getattr(together, name), abs=1e-12)
+    assert figure(order, {"samples": np.zeros(200)}).low is None
+
+
+def test_what_has_targets_reads_no_reference():
+    assert Mean(Restoration()).uses == ()
+    assert Mean(Flicker()).uses == ("reference",)

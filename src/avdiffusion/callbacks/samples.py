@@ -18,6 +18,7 @@ from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.speed import Speed
 from avdiffusion.callbacks.stop import Stop
 from avdiffusion.gallery import COLUMNS, LABELS, score_rows
+from avdiffusion.metrics.metric import Findings, Metric
 from avdiffusion.spread import gathered, share
 from avdiffusion.strip import contact_sheet
 from avdiffusion.writer import ClipWriter, pixels, sound
@@ -27,7 +28,7 @@ FILES = "clips cannot be written"
 # What a metric may fail with without ending the training that it watches.
 FAILURES = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError)
 
-Metric = Callable[[Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, float]]
+Scorer = Callable[[Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, float]]
 
 
 class SampleClips(pl.Callback):
@@ -41,7 +42,8 @@ class SampleClips(pl.Callback):
     [B, C, L]) and the rates of both; what they return is logged as `sample/<key>`, and what they
     say of the first `real_num` validation clips, once, as `sample/<key>_real`. Those with
     `against_real`, such as distances, get these clips as a third argument, and are called for
-    samples alone. `sample/nonfinite` counts the clips that hold NaN or infinity. A metric that
+    samples alone. Metrics of reports that share an extractor share what it finds, and that of real
+    clips is kept. `sample/nonfinite` counts the clips that hold NaN or infinity. A metric that
     fails, or a disk that takes no clips, is said once.
     """
 
@@ -55,7 +57,7 @@ class SampleClips(pl.Callback):
         micro_batch: int = 8,
         save: Sequence[str] = ("mp4", "wav", "png"),
         final_num: int | None = None,
-        metrics: Mapping[str, Metric] | None = None,
+        metrics: Mapping[str, Scorer] | None = None,
         real_num: int = 64,
         evolution: int = 4,
     ):
@@ -71,7 +73,7 @@ class SampleClips(pl.Callback):
         self.final_num = num if final_num is None else final_num
         self.metrics, self.real_num, self.evolution = dict(metrics or {}), real_num, evolution
         self.last, self.real, self.once = 0, None, Once()
-        self.reference = None  # real clips as arrays, once they have been read
+        self.reference = None  # real clips and what was found of them, once they have been read
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
@@ -132,7 +134,7 @@ class SampleClips(pl.Callback):
                         writer.add(index, clips)
         if trainer.is_global_zero:
             media = {k: torch.stack([found[i][k] for i in range(num)]) for k in found[0]}
-            scores = self._all_scores(trainer, _arrays(media), system.rates)
+            scores = self._all_scores(trainer, Findings(_arrays(media), system.rates))
             scores["nonfinite"] = _nonfinite(media, trainer.global_step)
             logged = {f"sample/{key}": value for key, value in scores.items()}
             rows = score_rows(scores, self.real)
@@ -171,32 +173,38 @@ class SampleClips(pl.Callback):
             for index, clips, _ in gathered(system.samples(own, **options), world):
                 yield index, clips
 
-    def _all_scores(self, trainer, media, rates):
+    def _all_scores(self, trainer, samples):
         """What the metrics say of the clips, and as `*_real` of real ones."""
         first = self.real is None and bool(self.metrics)
         if first:
-            self.reference, self.real = self._real_clips(trainer, media), {}
-        scores = self._scores(self.metrics, media, rates)
+            self.reference, self.real = self._real_clips(trainer, samples), {}
+        scores = self._scores(self.metrics, samples)
         if first and self.reference:
             alone = {k: m for k, m in self.metrics.items() if not _against_real(m)}
-            self.real = self._scores(alone, self.reference, rates)
+            self.real = self._scores(alone, self.reference)
         kept = {k: v for k, v in (self.real or {}).items() if not k.endswith("_mismatched")}
         return scores | {f"{key}_real": value for key, value in kept.items()}
 
-    def _real_clips(self, trainer, media):
+    def _real_clips(self, trainer, samples):
         data = getattr(trainer.datamodule, "val", None)
         with self.once("validation clips cannot be measured", *FAILURES):
             items = [data[i] for i in range(min(len(data or ()), self.real_num))]
-            stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in media}
-            return _arrays({k: torch.stack(v) for k, v in stacked.items()}) if items else None
+            stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in samples.clips}
+            media = {k: torch.stack(v) for k, v in stacked.items() if v}
+            return Findings(_arrays(media), samples.rates) if items else None
 
-    def _scores(self, metrics, media, rates):
+    def _scores(self, metrics, found):
         scores = {}
         for name, metric in metrics.items():
-            given = (media, rates, self.reference) if _against_real(metric) else (media, rates)
             with self.once(f"val_metrics.{name} failed", *FAILURES):
-                scores |= {key: float(value) for key, value in metric(*given).items()}
+                scores |= {key: float(value) for key, value in self._called(metric, found).items()}
         return scores
+
+    def _called(self, metric, found):
+        real = [self.reference] if _against_real(metric) else []
+        if isinstance(metric, Metric):
+            return metric.values(found(metric), *(each and each(metric) for each in real))
+        return metric(found.clips, found.rates, *(each and each.clips for each in real))
 
     def _log(self, trainer, rates, writer, media, logged):
         """Scores and the first `num` clips with their pictures to every logger."""

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from avdiffusion.metrics.metric import SMALL, Extractor, Figure, Found, Metric, Sets
+from avdiffusion.metrics.features import enough, in_order, real_clips
+from avdiffusion.metrics.metric import Extractor, Figure, Metric, Sets
+from avdiffusion.metrics.sources import variance
 
 BLOCK = 1024  # rows of a matrix of pairs that are in memory at once
 ENOUGH = 2048  # clips of published Fréchet distances
@@ -92,57 +94,14 @@ def median_distance(x: np.ndarray) -> float:
     return float(np.median(np.sqrt(squared_distances(x, x)[np.triu_indices(len(x), 1)])))
 
 
-def features(found: Found | None, extractor: Extractor, what: str) -> np.ndarray:
-    """The extractor's first field, finite: float64 [N, D]; `what` the clips are, for people."""
-    if found is None:
-        raise ValueError(f"no {what} clips were given to compare by {extractor.name}")
-    x = np.asarray(found[extractor.fields[0]], dtype=np.float64)
-    x = x.reshape(len(x), -1)
-    bad = np.flatnonzero(~np.isfinite(x).all(1))
-    if len(bad):
-        first = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise ValueError(
-            f"{len(bad)} of {len(x)} {what} clips gave NaN or infinity ({extractor.name}): "
-            f"look at clips {first} and leave broken ones out"
-        )
-    return x
-
-
-def in_order(x: np.ndarray) -> np.ndarray:
-    """Rows in ascending order, so that what is drawn from them depends on no order of files."""
-    return x[np.lexsort(x.T[::-1])]
-
-
-def enough(sets: Sets, key: str, samples: np.ndarray, reference: np.ndarray) -> None:
-    """Refuses sets so small that a distance between them says nothing."""
-    least = 2 if sets.allow_small else SMALL
-    if min(len(samples), len(reference)) < least:
-        remedy = "give more" if sets.allow_small else "give more, or say allow_small=true"
-        raise ValueError(
-            f"{key} of {len(samples)} samples against {len(reference)} reference clips says "
-            f"nothing: below {least} on either side it is mostly noise; {remedy}"
-        )
-
-
-def real_clips(sets: Sets, extractor: Extractor, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of real clips: n of `real` and the reference, else disjoint halves of the latter."""
-    reference = in_order(features(sets.reference, extractor, "reference"))
-    rng = np.random.default_rng(sets.seed)
-    if sets.real is not None:
-        real = in_order(features(sets.real, extractor, "real"))
-        return real[rng.permutation(len(real))[:n]], reference
-    half = min(len(reference) // 2, n)
-    order = rng.permutation(len(reference))
-    return reference[order[:half]], reference[order[half : 2 * half]]
-
-
 class Distance(Metric):
     """A distance between the features of samples and of reference clips, times `scale`.
 
     Its interval is 1.96 standard errors on either side, those of the bootstrap over the clips of
     both sets to first order in their weights (the infinitesimal jackknife, Efron 1982): clips that
     are drawn twice, as in plain resampling, raise a Fréchet distance and its spread, the latter to
-    1.4 to 2 times that of fresh clips. The floor is the distance of real clips (`real_clips`).
+    1.4 to 2 times that of fresh clips. Clips of one file are drawn together. The floor is the
+    distance of real clips (`real_clips`).
     """
 
     group = "Distances"
@@ -154,28 +113,37 @@ class Distance(Metric):
         self.key, self.label, self.scale = key, label or key.upper(), scale
 
     def figures(self, sets: Sets) -> list[Figure]:
-        a = in_order(features(sets.samples, self.extractor, "sample"))
-        b = in_order(features(sets.reference, self.extractor, "reference"))
+        a, of_a = in_order(sets, "samples", self.extractor)
+        b, of_b = in_order(sets, "reference", self.extractor)
         enough(sets, self.key, a, b)
-        value, *influences = self._compare(a, b, b)
-        error = np.sqrt(sum(x.var() / len(x) for x in influences)) if sets.resamples else None
-        one, other = real_clips(sets, self.extractor, len(a))
-        floor = self._compare(one, other, b)[0] if min(len(one), len(other)) > 1 else None
+        value, by_a, by_b = self._compare(a, b, b)
+        low, high, *notes = self._interval(value, variance(by_a, of_a) + variance(by_b, of_b), sets)
+        pair, how = real_clips(sets, self.extractor, len(a))
+        floor = pair and self.scale * self._compare(*pair, b)[0]
+        scaled = [] if self.scale == 1 else [f"times {self.scale:g}"]
         figure = Figure(
             key=self.key,
             label=self.label,
             value=self.scale * value,
             better="lower",
-            low=None if error is None else self.scale * self._bounded(value - 1.96 * error),
-            high=None if error is None else self.scale * (value + 1.96 * error),
+            low=low,
+            high=high,
             n=len(a),
             n_reference=len(b),
-            floor=None if floor is None else self.scale * floor,
-            floor_n=None if floor is None else len(one),
+            floor=floor,
+            floor_n=pair and len(pair[0]),
             extractor=self.extractor.name,
-            notes=self._notes(a, b) + ([] if self.scale == 1 else [f"times {self.scale:g}"]),
+            notes=[*self._notes(a, b), *scaled, how, *notes],
         )
         return [figure]
+
+    def _interval(self, value, variance, sets):
+        """Both ends and what they are by; none where a side is of one file."""
+        if not sets.resamples or np.isnan(variance):
+            return None, None
+        reach = 1.96 * np.sqrt(variance)
+        low, high = self._bounded(value - reach), value + reach
+        return self.scale * low, self.scale * high, "interval: jackknife"
 
     def _compare(self, a: np.ndarray, b: np.ndarray, reference: np.ndarray) -> Compared:
         raise TypeError(f"{type(self).__name__} compares nothing")
@@ -216,10 +184,10 @@ class Frechet(Distance):
 class Kernel(Distance):
     """`kernel` of the extractor's first field, whatever the number of clips without bias.
 
-    `polynomial` is KVD's (1812.01717, section 3). `gaussian` is KAD's (2502.15602), whose
-    authors' kadtk multiplies by 100 (give scale=100) and takes as bandwidth the median distance of
-    1 000 random pairs of the judged clips; here it is that of all pairs of the reference, so that
-    every model is judged by the same kernel.
+    `polynomial` is KVD's (1812.01717, section 3), of `degree` 3 if None. `gaussian` is KAD's
+    (2502.15602), whose authors' kadtk multiplies by 100 (give scale=100) and takes as bandwidth the
+    median distance of 1 000 random pairs of the judged clips; here it is that of all pairs of the
+    reference, so that every model is judged by the same kernel.
     """
 
     def __init__(
@@ -230,12 +198,14 @@ class Kernel(Distance):
         label: str | None = None,
         scale: float = 1.0,
         kernel: str = "polynomial",
-        degree: int = 3,
+        degree: int | None = None,
     ):
         super().__init__(extractor, key=key, label=label, scale=scale)
         if kernel not in ("polynomial", "gaussian"):
             raise ValueError(f"kernel {kernel!r} is unknown: choose polynomial or gaussian")
-        self.kernel, self.degree = kernel, degree
+        if kernel == "gaussian" and degree is not None:
+            raise ValueError(f"a gaussian kernel has no degree={degree}: leave it at null")
+        self.kernel, self.degree = kernel, degree or 3
 
     def _compare(self, a, b, reference):
         return _kernel(a, b, self.degree, self._bandwidth(reference))

@@ -8,11 +8,10 @@ from itertools import pairwise
 import numpy as np
 
 from avdiffusion.metrics.impacts import REFRACTORY, Array, as_numpy, unit
-from avdiffusion.metrics.sync import checked, frame_flux, mono, motion_envelope, onsets
+from avdiffusion.metrics.sync import EDGE, checked, frame_flux, mono, motion_envelope, onsets
 
 FLOWS = ("farneback", "difference")
 FARNEBACK = (0.5, 3, 15, 3, 5, 1.2, 0)  # as AV-Align has it: pyramid, window, rounds, polynomial
-EDGE = 0.03  # s; what sounds at the very ends does not start there, the clip is cut there
 
 
 @dataclass(kw_only=True)
@@ -62,8 +61,6 @@ class Events:
         """The fields that the sound gives, beside a picture of so many `frames`."""
         flux = frame_flux(audio, fps, sample_rate, frames)
         steps, seconds = flux.shape[2], frames / fps
-        time = np.arange(frames * steps).reshape(frames, steps) / (fps * steps)
-        flux[:, (time < EDGE) | (time > seconds - EDGE)] = 0
         return {
             "flux": flux,
             "rms": _rms(mono(audio), sample_rate / (fps * steps), frames, steps),

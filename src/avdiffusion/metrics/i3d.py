@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avdiffusion import weights as files
+from avdiffusion.metrics.impacts import as_numpy
 from avdiffusion.metrics.metric import Clips, Found, Rates
 
 SIDE = 224  # pixels
@@ -213,7 +214,8 @@ class I3D:
         return f"I3D Kinetics-400 logits ({label}), bilinear to {SIDE}x{SIDE}, {how}"
 
     def __call__(self, clips: Clips, rates: Rates) -> Found:
-        video = torch.as_tensor(clips["video"])
+        # A repeated picture is a view that cannot be written to, of which torch warns.
+        video = torch.from_numpy(np.require(as_numpy(clips["video"]), requirements="W"))
         if video.dtype != torch.uint8 or video.ndim != 5 or video.shape[1] not in (1, 3):
             raise ValueError(
                 f"I3D takes uint8 frames [B, 3 or 1, T, H, W], not {video.dtype} "

@@ -2,16 +2,11 @@
 
 import numpy as np
 
-from avdiffusion.metrics.distance import (
-    blocks,
-    enough,
-    features,
-    in_order,
-    real_clips,
-    squared_distances,
-)
+from avdiffusion.metrics.distance import blocks, squared_distances
+from avdiffusion.metrics.features import enough, features, in_order, real_clips
 from avdiffusion.metrics.mean import mean_interval
 from avdiffusion.metrics.metric import Extractor, Figure, Metric, Sets
+from avdiffusion.metrics.power import bootstrapped
 
 QUANTILE = 0.05
 
@@ -26,12 +21,12 @@ def nearest(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return index, distance
 
 
-def kth_nearest(x: np.ndarray, k: int) -> np.ndarray:
-    """How far the k-th nearest other row of [N, D] is: [N]."""
-    radius = np.zeros(len(x))
+def kth_nearest(x: np.ndarray, k: int, source: np.ndarray | None = None) -> np.ndarray:
+    """How far the k-th nearest other row of [N, D] is, with `source` [N] of another file: [N]."""
+    radius, source = np.zeros(len(x)), np.arange(len(x)) if source is None else source
     for rows in blocks(len(x)):
         squares = squared_distances(x[rows], x)
-        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = np.inf
+        squares[source[rows, None] == source] = np.inf
         radius[rows] = np.sqrt(np.partition(squares, k - 1, axis=1)[:, k - 1])
     return radius
 
@@ -42,10 +37,10 @@ class Memorisation(Metric):
     A sample is suspect if its distance to the nearest training clip is below what 95 % of the
     reference (clips held out from training) show, and the ratio of that distance to the one to
     the nearest reference clip is below the same quantile of the reference's own ratios (each
-    reference clip among the others). The first alone would blame models that make average clips,
-    the second alone those with a reference of near duplicates. `floor` is the share of the
-    reference itself, at most 5 %. `details` has every sample's nearest clips, the most suspicious
-    first: indices into the sets, distance and ratio.
+    reference clip among those of other files). The first alone would blame models that make
+    average clips, the second alone those with a reference of near duplicates. `floor` is the share
+    of the reference itself, at most 5 %. `details` has every sample's nearest clips, the most
+    suspicious first: indices into the sets, distance and ratio.
     """
 
     group = "Memorisation"
@@ -56,16 +51,22 @@ class Memorisation(Metric):
         self.key = key
 
     def figures(self, sets: Sets) -> list[Figure]:
-        samples = features(sets.samples, self.extractor, "sample")
-        held_out = features(sets.reference, self.extractor, "reference")
-        train = features(sets.train, self.extractor, "training")
+        samples = features(sets, "samples", self.extractor)
+        held_out = features(sets, "reference", self.extractor)
+        train = features(sets, "train", self.extractor)
         enough(sets, self.key, samples, held_out)
+        files = sets.source("reference")
+        if len(np.unique(files)) < 2:
+            raise ValueError(
+                f"{self.key}: all reference clips are of one file, which says nothing of how near "
+                "clips come to each other: give more files"
+            )
 
         source, distance = nearest(samples, train)
         neighbour, other = nearest(samples, held_out)
         _, real_distance = nearest(held_out, train)
         ratio = _ratio(distance, other)
-        real_ratio = _ratio(real_distance, kth_nearest(held_out, 1))
+        real_ratio = _ratio(real_distance, kth_nearest(held_out, 1, files))
 
         near, close = (np.quantile(real, QUANTILE) for real in (real_distance, real_ratio))
         if near == 0:
@@ -74,7 +75,7 @@ class Memorisation(Metric):
                 "training clips: give a reference that is held out"
             )
         suspect = (distance < near) & (ratio < close)
-        low, high = mean_interval(suspect, sets)
+        low, high = mean_interval(suspect, sets.source("samples"), sets)
         first = np.lexsort((distance, ratio))
         common = {
             "better": "lower",
@@ -94,7 +95,8 @@ class Memorisation(Metric):
                 floor_n=len(held_out),
                 notes=[
                     f"{suspect.sum()} of {len(samples)} samples, against {len(train)} training "
-                    f"clips; suspect: distance below {near:.4g} and ratio below {close:.4g}"
+                    f"clips; suspect: distance below {near:.4g} and ratio below {close:.4g}",
+                    *bootstrapped(low, sets.resamples),
                 ],
                 details={
                     "sample": first.tolist(),
@@ -144,13 +146,13 @@ class PrecisionRecall(Metric):
         self.k, self.prefix = k, prefix
 
     def figures(self, sets: Sets) -> list[Figure]:
-        samples = in_order(features(sets.samples, self.extractor, "sample"))
-        reference = in_order(features(sets.reference, self.extractor, "reference"))
+        samples, ours = in_order(sets, "samples", self.extractor)
+        reference, theirs = in_order(sets, "reference", self.extractor)
         enough(sets, self.prefix + "precision", samples, reference)
-        one, other = real_clips(sets, self.extractor, len(samples))
-        if min(len(samples), len(reference), len(one), len(other)) <= self.k:
+        if min(len(samples), len(reference)) <= self.k:
             raise ValueError(f"precision and recall need more than {self.k} clips of each set")
-        floors = self._shares(one, other)
+        pair, how = real_clips(sets, self.extractor, len(samples), self.k + 1)
+        floors = pair and self._shares(*pair)
         labels = {
             "precision": "samples among the real clips",
             "recall": "real clips among the samples",
@@ -159,7 +161,8 @@ class PrecisionRecall(Metric):
         }
         figures = []
         for name, values in self._shares(samples, reference).items():
-            low, high = mean_interval(values, sets)
+            source = ours if name in ("precision", "density") else theirs
+            low, high = mean_interval(values, source, sets)
             figure = Figure(
                 key=self.prefix + name,
                 label=labels[name],
@@ -170,10 +173,14 @@ class PrecisionRecall(Metric):
                 high=high,
                 n=len(samples),
                 n_reference=len(reference),
-                floor=float(floors[name].mean()),
-                floor_n=len(one),
+                floor=floors and float(floors[name].mean()),
+                floor_n=pair and len(pair[0]),
                 extractor=self.extractor.name,
-                notes=[f"k = {self.k}; only figures of the same numbers of clips compare"],
+                notes=[
+                    f"k = {self.k}; only figures of the same numbers of clips compare",
+                    how,
+                    *bootstrapped(low, sets.resamples),
+                ],
             )
             figures.append(figure)
         return figures

@@ -45,25 +45,33 @@ class Sets:
 
     `samples` are judged; `reference` are real clips that no model was trained on; `real` are other
     real ones, for the figure that real clips get; `train` are those that the model learned from.
+    `sources` are the files that clips are of, a place's name to a number [N] for each clip's file.
     """
 
     samples: Found
     reference: Found | None = None
     real: Found | None = None
     train: Found | None = None
+    sources: Mapping[str, np.ndarray] | None = None  # without a place: a file for each clip of it
     seed: int = 0  # of resampling and of shuffled pairs
     resamples: int = 200  # of the bootstrap; 0: no intervals
     allow_small: bool = False  # fewer clips than SMALL are no error
+
+    def source(self, place: str) -> np.ndarray:
+        """The number [N] of the file that each clip of a place is of."""
+        given = (self.sources or {}).get(place)
+        num = len(next(iter(getattr(self, place).values())))
+        return np.arange(num) if given is None else np.asarray(given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One number of a report, with what is needed to judge it; None where there is no such thing.
 
-    `low`, `high`: 95 % interval by bootstrap over clips. `floor` is what real clips get against
-    real ones, with `floor_n` of them; `chance` what mismatched pairs get; `ceiling` what real pairs
-    get; `power` how well the metric tells real pairs from shifted ones on the reference (area under
-    the ROC curve). `better` is "lower", "higher" or "" (neither).
+    `low`, `high`: 95 % interval over clips; `notes` say by what. `floor` is what real clips get
+    against real ones, with `floor_n` of them; `chance` what mismatched pairs get; `ceiling` what
+    real pairs get; `power` how well the metric tells real pairs from shifted ones on the reference
+    (area under the ROC curve). `better` is "lower", "higher" or "" (neither).
     """
 
     key: str
@@ -113,7 +121,7 @@ class Metric(torchmetrics.Metric):
     def update(self, clips: Clips, rates: Rates, *, real: bool = False) -> None:
         """Takes in more samples, or more `real` clips."""
         place = "reference" if real else "samples"
-        for name, values in self.extractor(clips, rates).items():
+        for name, values in self.find(clips, rates).items():
             getattr(self, f"{place}_{name}").append(torch.as_tensor(values))
 
     def compute(self) -> dict[str, float]:
@@ -128,8 +136,20 @@ class Metric(torchmetrics.Metric):
 
         What `update` collected is left alone.
         """
-        reference = None if real is None else self.extractor(real, rates)
-        samples = self.extractor(clips, rates)
+        reference = None if real is None else self.find(real, rates)
+        return self.values(self.find(clips, rates), reference)
+
+    def find(self, clips: Clips, rates: Rates) -> Found:
+        """What the extractor finds of clips that are to be like nothing in particular."""
+        if self.extractor.paired:
+            raise ValueError(
+                f"{type(self.extractor).__name__} compares with a target: it is for evaluate.py "
+                "target=DIR alone"
+            )
+        return self.extractor(clips, rates)
+
+    def values(self, samples: Found, reference: Found | None = None) -> dict[str, float]:
+        """The value of each figure of what was found, of however few clips."""
         return self._values(
             Sets(samples=samples, reference=reference, resamples=0, allow_small=True)
         )
@@ -146,6 +166,20 @@ class Metric(torchmetrics.Metric):
                 return None
             found[name] = torch.cat(list(parts)).cpu().numpy()
         return found
+
+
+class Findings:
+    """Clips with their rates, and what extractors found of them: each name looks at them once."""
+
+    def __init__(self, clips: Clips, rates: Rates):
+        self.clips, self.rates, self._found = clips, rates, {}
+
+    def __call__(self, metric: Metric) -> Found:
+        """What the extractor of a metric found."""
+        name = metric.extractor.name
+        if name not in self._found:
+            self._found[name] = metric.find(self.clips, self.rates)
+        return self._found[name]
 
 
 def _of_every_process(x: Tensor, group: object | None = None) -> list[Tensor]:

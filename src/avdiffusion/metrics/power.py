@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from avdiffusion.metrics.sources import groups
+
 NEEDED = 0.7  # area under the ROC curve below which a score says nothing
 SHARES = (0.25, 0.75)  # of the clip, by which sound is moved where no time is given
 PAUSE = 0.5  # s
@@ -23,17 +25,31 @@ def auroc(real: np.ndarray, false: np.ndarray) -> float:
 
 
 def interval(
-    statistic: Callable[[np.ndarray], float], num: int, resamples: int, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    num: int,
+    resamples: int,
+    seed: int = 0,
+    *,
+    source: np.ndarray | None = None,
 ) -> tuple[float | None, float | None]:
-    """95 % interval of `statistic(indices)` by the bootstrap's percentiles over `num` clips."""
-    if not resamples or num < 2:
+    """95 % interval of `statistic(indices)` by the bootstrap's percentiles over `num` clips.
+
+    With `source` [num] whole files are drawn, as many as there are.
+    """
+    files = groups(np.arange(num) if source is None else source)
+    if not resamples or len(files) < 2:
         return None, None
-    draws = np.random.default_rng(seed).integers(num, size=(resamples, num))
-    values = np.array([statistic(draw) for draw in draws])
+    draws = np.random.default_rng(seed).integers(len(files), size=(resamples, len(files)))
+    values = np.array([statistic(np.concatenate([files[k] for k in draw])) for draw in draws])
     if not np.isfinite(values).any():
         return None, None
     low, high = np.nanpercentile(values, (2.5, 97.5))
     return float(low), float(high)
+
+
+def bootstrapped(low: float | None, resamples: int) -> list[str]:
+    """The note beside an interval of `interval`, if there is one."""
+    return [] if low is None else [f"interval: bootstrap, {resamples} resamples"]
 
 
 def pairings(num: int, rng: np.random.Generator, most: int = 32) -> list[np.ndarray]:

@@ -136,6 +136,7 @@ class Perceptual:
     """
 
     net: str = "alex"
+    device: str | None = None
 
     needs: ClassVar[tuple[str, ...]] = ("video",)
     paired: ClassVar[bool] = True
@@ -150,7 +151,7 @@ class Perceptual:
     def _distance(self):
         from avdiffusion.metrics.lpips import LPIPS
 
-        return LPIPS(self.net)
+        return LPIPS(self.net, device=self.device)
 
     def __call__(self, clips: Clips, rates: Rates, targets: Clips) -> Found:
         found = []

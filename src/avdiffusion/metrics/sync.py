@@ -13,6 +13,7 @@ from avdiffusion.metrics.impacts import REFRACTORY, Array, as_numpy, impacts, un
 
 LAG = 0.5  # seconds of offset searched on either side
 GRID = 16  # cells a side at which motion is judged
+EDGE = 0.03  # s; what sounds at the very ends does not start there, the clip is cut there
 
 
 def motion_envelope(video: Array, motion: str = "acceleration") -> np.ndarray:
@@ -69,11 +70,16 @@ def onset_envelope(audio: Array, sample_rate: int, hop: float = 0.01) -> np.ndar
 
 
 def frame_flux(audio: Array, fps: float, sample_rate: int, frames: int) -> np.ndarray:
-    """The onset envelope in fine steps of at most 10 ms, an even number a frame: [B, T, steps]."""
+    """The onset envelope in fine steps of at most 10 ms, an even number a frame: [B, T, steps].
+
+    Zero within EDGE of the ends of the picture.
+    """
     steps = 2 * int(np.ceil(50 / fps))
     flux = onset_envelope(audio, sample_rate, 1 / (fps * steps))
     flux = np.pad(flux, ((0, 0), (0, max(frames * steps - flux.shape[1], 0))))
-    return flux[:, : frames * steps].reshape(len(flux), frames, steps)
+    flux, time = flux[:, : frames * steps], np.arange(frames * steps) / (fps * steps)
+    flux[:, (time < EDGE) | (time > frames / fps - EDGE)] = 0
+    return flux.reshape(len(flux), frames, steps)
 
 
 def in_bins(fine: np.ndarray, count: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from avdiffusion.metrics.alignment import (
 )
 from avdiffusion.metrics.events import Events, Onsets
 from avdiffusion.metrics.metric import Extractor, Figure, Found, Metric, Sets
-from avdiffusion.metrics.power import NEEDED, SHARES, auroc, interval, pairings
+from avdiffusion.metrics.power import NEEDED, SHARES, auroc, bootstrapped, interval, pairings
+from avdiffusion.metrics.sources import canonical
 
 KEYS = tuple(score.key for score in SCORES)
 DRAWS = 4  # shifts of each real clip of which its power is judged
@@ -42,10 +43,8 @@ class Synchrony(Metric):
         self.scores = [self._named(score) for score in SCORES if score.key in keys]
 
     def figures(self, sets: Sets) -> list[Figure]:
-        order = _canonical(sets.samples)
-        back = np.argsort(order)
-        samples, real = _taken(sets.samples, order), self._real(sets)
-        real = real and _taken(real, _canonical(real))
+        samples, order = _in_order(sets.samples, sets.source("samples"))
+        back, real = np.argsort(order), self._real(sets)
         shares = self._shares(samples)
         figures = []
         for score in self.scores:
@@ -58,7 +57,7 @@ class Synchrony(Metric):
 
     def _real(self, sets) -> Found | None:
         """Pairs of picture and sound that belong together."""
-        return sets.reference
+        return sets.reference and _in_order(sets.reference, sets.source("reference"))[0]
 
     def _named(self, score):
         """The score, named after the flow that it looks at."""
@@ -92,7 +91,8 @@ class OnsetF1(Synchrony):
         self.scores = [ONSET_F1]
 
     def _real(self, sets):
-        return dict(sets.samples, onsets=sets.samples["target"])
+        pairs = dict(sets.samples, onsets=sets.samples["target"])
+        return _in_order(pairs, sets.source("samples"))[0]
 
     def figures(self, sets: Sets) -> list[Figure]:
         return [replace(figure, ceiling=None, n_reference=None) for figure in super().figures(sets)]
@@ -114,12 +114,17 @@ def _figure(score: Score, samples: Found, real: Found | None, sets: Sets, back) 
     known = np.flatnonzero(np.isfinite(single))
     value = score.whole(measured)
     low, high = interval(
-        lambda draw: score.whole(measured[known[draw]]), len(known), sets.resamples, sets.seed
+        lambda draw: score.whole(measured[known[draw]]),
+        len(known),
+        sets.resamples,
+        sets.seed,
+        source=samples["source"][known],
     )
     notes, details = [], {"clips": plain(single[back])}
     if len(known) < len(single):
         left = len(single) - len(known)
         notes.append(f"{left} of {len(single)} clips have nothing to compare and are left out")
+    notes += bootstrapped(low, sets.resamples)
     chance = ceiling = power = None
     if score.better:
         others = _mismatched(score, samples, sets.seed)
@@ -130,7 +135,9 @@ def _figure(score: Score, samples: Found, real: Found | None, sets: Sets, back) 
         ceiling = score.whole(score.measure(real, real))
         told = power_of(score, real, sets)
         power, details = told["power"], details | told
-        if not power >= NEEDED:
+        if not np.isfinite(power):
+            notes.append("no real clip has such a number: nothing is known of its power")
+        elif power < NEEDED:
             notes.append(
                 f"real pairs are told from shifted ones with an AUROC of {power:.2f} only "
                 f"({NEEDED:g} is needed): this metric says nothing on this data"
@@ -165,7 +172,11 @@ def power_of(score: Score, real: Found, sets: Sets) -> dict[str, float | None]:
         [score.agreement(real, moved(real, share * real["seconds"])) for share in shares], axis=1
     )
     low, high = interval(
-        lambda draw: auroc(right[draw], wrong[draw]), num, sets.resamples, sets.seed
+        lambda draw: auroc(right[draw], wrong[draw]),
+        num,
+        sets.resamples,
+        sets.seed,
+        source=real["source"],
     )
     told = {"power": auroc(right, wrong), "power_low": low, "power_high": high}
     for seconds in SHIFTS:
@@ -192,10 +203,11 @@ def _lag_curve(found, seed):
     return drawn
 
 
-def _canonical(found):
-    """An order of clips that does not depend on the one they came in, for what is drawn."""
+def _in_order(found, source):
+    """Clips ordered by content alone, with the file of each as `source`, and that order."""
     columns = np.concatenate([values.reshape(len(values), -1) for values in found.values()], 1)
-    return np.lexsort(columns.T[::-1])
+    order, source = canonical(np.where(np.isnan(columns), np.inf, columns), source)
+    return dict(_taken(found, order), source=source), order
 
 
 def _taken(found, order):

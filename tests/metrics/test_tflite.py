@@ -76,6 +76,14 @@ def test_without_the_runtime_the_command_is_named(tmp_path, monkeypatch):
         )
 
 
+def test_without_torchaudio_the_rate_that_needs_none_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio.functional", None)
+    sound = np.zeros((1, 1, 800), np.float32)
+    with pytest.raises(ValueError, match=r"torchaudio.*or set form.sample_rate=16000"):
+        resampled(sound, 8000, 16000)
+    assert resampled(sound, 16000, 16000).shape == (1, 800)
+
+
 @needs_yamnet
 def test_yamnet_gives_one_embedding_a_clip_whatever_comes_along():
     pytest.importorskip("ai_edge_litert")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,8 +124,6 @@ def write(folder: Path, report: Mapping, players: Mapping[str, Entry]) -> Path:
 
 def plain(value: object) -> object:
     """As JSON has it."""
-    if is_dataclass(value):
-        return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):

@@ -1,6 +1,5 @@
 """An evaluation: sets of clips measured once, then compared by every metric."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,13 +12,11 @@ from avdiffusion.evaluation.form import Form
 from avdiffusion.evaluation.sets import ClipSet, Files
 from avdiffusion.metrics.metric import Figure, Found, Metric, Rates, Sets
 
-log = logging.getLogger("avdiffusion")
 # The sets an evaluation may have, besides the target of paired metrics.
 PLACES = ("samples", "reference", "real", "train")
 SAID = {
     "reference": "real clips to compare with: reference=DIR",
     "train": "the clips the model has learned from: train=DIR",
-    "real": "more real clips: real=DIR",
 }
 
 

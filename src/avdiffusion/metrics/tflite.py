@@ -46,7 +46,13 @@ def resampled(audio: Array, rate: float, to: int) -> Tensor:
     mono = torch.as_tensor(audio).float().mean(dim=1)
     if rate == to:
         return mono
-    from torchaudio.functional import resample
+    try:
+        from torchaudio.functional import resample
+    except (ImportError, OSError):
+        raise ValueError(
+            f"sound at {rate:g} Hz is heard at {to} Hz, which takes the package torchaudio, and "
+            f"that cannot be imported: install it, or set form.sample_rate={to}"
+        ) from None
 
     return resample(mono, round(rate), to)
 

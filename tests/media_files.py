@@ -54,6 +54,7 @@ def make_media(
     codecs: tuple[str | None, str | None] | None = None,
     silent: bool = False,
     size: tuple[int, int] = (HEIGHT, WIDTH),
+    pix_fmt: str = "yuv420p",
 ) -> MediaFile:
     """A file of `seconds` from each start; `frame_times` in seconds makes its frame rate variable.
 
@@ -72,7 +73,7 @@ def make_media(
         if video_codec:
             picture = out.add_stream(video_codec, rate=rate, options=OPTIONS.get(video_codec, {}))
             picture.height, picture.width = size
-            picture.pix_fmt = "yuv420p"
+            picture.pix_fmt = pix_fmt
             picture.gop_size = gop
             picture.bit_rate = 2_000_000
             picture.codec_context.thread_count = 1
@@ -87,7 +88,7 @@ def make_media(
             for number, (tick, time) in enumerate(zip(ticks, times, strict=True)):
                 pixels = _draw(number, time, size)
                 grey = av.VideoFrame.from_ndarray(pixels, format="gray")
-                frame = reformat(grey, format="yuv420p", threads=1)
+                frame = reformat(grey, format=pix_fmt, threads=1)
                 frame.pts, frame.time_base = int(tick), clock
                 out.mux(picture.encode(frame))
             out.mux(picture.encode(None))
@@ -156,6 +157,34 @@ def cut_beginning(path: Path, seconds: float) -> None:
             field = slice(elst + at, elst + at + 4)
             data[field] = (int.from_bytes(data[field]) + round(change)).to_bytes(4)
     path.write_bytes(data)
+
+
+def keep_parts(path: Path, parts: list[tuple[float, float]]) -> None:
+    """Make the edit lists of an MP4 file show `parts`, (start, seconds), one after another."""
+    data = path.read_bytes()
+    ((start, end),) = _boxes(data, 0, len(data), b"moov")  # after the media, so that it may grow
+    path.write_bytes(data[: start - 8] + _with_parts(data[start - 8 : end], parts))
+
+
+def _with_parts(box, parts, scale=0):
+    """The box with its edit lists replaced; `scale`: ticks a second of the track it is in."""
+    kind, content = box[4:8], box[8:]
+    if kind == b"elst":
+        delay = int.from_bytes(content[12:16])
+        edits = [(round(1000 * s), delay + round(a * scale), 1 << 16) for a, s in parts]
+        content = bytes(4) + len(edits).to_bytes(4)
+        content += b"".join(number.to_bytes(4) for edit in edits for number in edit)
+    elif kind in (b"moov", b"trak", b"edts"):
+        if kind == b"trak":
+            (mdia,) = _boxes(box, 8, len(box), b"mdia")
+            ((mdhd, _),) = _boxes(box, *mdia, b"mdhd")
+            scale = int.from_bytes(box[mdhd + 12 : mdhd + 16])
+        content, at = b"", 8
+        while at < len(box):
+            size = int.from_bytes(box[at : at + 4])
+            content += _with_parts(box[at : at + size], parts, scale)
+            at += size
+    return (len(content) + 8).to_bytes(4) + kind + content
 
 
 def _boxes(data, start, end, kind):

@@ -257,6 +257,167 @@ def test_killed_in_the_middle_leaves_no_partial_file(tmp_path, after, whole):
     assert w.missing(range(3)) == ([0, 1, 2] if after == 0 else [1, 2])
 
 
+# ---------------------------------------------------------------------------- the seed's folders
+
+
+def cascade(count=2):
+    """What two stages make: the last one's media and the first one's."""
+    base = media(count)
+    video = base["video"].repeat_interleave(4, 3).repeat_interleave(4, 4)
+    return {"video": video, "audio": base["audio"]}, base
+
+
+def tree(folder):
+    return {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+
+
+def seed_files(index, frames=8, stages=2):
+    names = {f"original/{index:06d}.mp4", f"audios/{index:06d}.wav"}
+    names |= {f"sr_mp4/{index:06d}.mp4"} if stages == 2 else set()
+    return names | {f"img/{index:06d}/{k:08d}.png" for k in range(frames)}
+
+
+PAGES = {"samples.json", "contact.png", "gallery.html"}
+
+
+def test_the_seeds_layout_has_what_both_stages_made(tmp_path):
+    final, base = cascade()
+    w = writer(tmp_path, layout="seed", stages=2)
+    w.add([0, 7], final, None, base)
+    page = w.finish()
+    assert tree(tmp_path) == seed_files(0) | seed_files(7) | PAGES
+    assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {
+        "original",
+        "sr_mp4",
+        "audios",
+        "img",
+    }
+    for folder, size in (("original", 16), ("sr_mp4", 64)):
+        info = io.probe(tmp_path / folder / "000007.mp4")
+        assert (info.height, info.width, info.fps, info.sample_rate) == (size, size, 10, 8000)
+        assert info.audio_end == pytest.approx(0.8, abs=1e-3)
+    files = sorted((tmp_path / "img" / "000007").iterdir())
+    frames = np.stack([np.asarray(Image.open(file)) for file in files])
+    assert (frames.transpose(3, 0, 1, 2) == pixels(base["video"][1])).all()
+    first, second = record(tmp_path)
+    assert first["files"] == [
+        "original/000000.mp4",
+        "sr_mp4/000000.mp4",
+        "audios/000000.wav",
+        "img/000000",
+    ]
+    assert second["index"] == 7
+    players = [entry.clip for entry in w.entries()]
+    assert players == [tmp_path / "sr_mp4" / name for name in ("000000.mp4", "000007.mp4")]
+    assert page.read_text().count("data:video/mp4") == 2
+
+
+@pytest.mark.parametrize(
+    ("modality", "folders"),
+    [(None, {"original", "audios", "img"}), ("video", {"original", "img"}), ("audio", {"audios"})],
+)
+def test_the_seeds_layout_of_one_stage(tmp_path, modality, folders):
+    clips = {name: value for name, value in media(1).items() if modality in (None, name)}
+    w = ClipWriter(
+        tmp_path, rates={name: RATES[name] for name in clips}, settings={}, layout="seed"
+    )
+    w.add([3], clips)
+    w.finish()
+    wanted = {name for name in seed_files(3, stages=1) if name.split("/")[0] in folders}
+    assert tree(tmp_path) == wanted | PAGES
+
+
+def test_the_flat_layout_has_the_last_stage_alone(tmp_path):
+    final, base = cascade(1)
+    writer(tmp_path, stages=2).add([0], final, None, base)
+    assert tree(tmp_path) == {"000000.mp4", "000000.wav", "000000.png", "samples.json"}
+    assert io.probe(tmp_path / "000000.mp4").height == 64
+
+
+@pytest.mark.parametrize(
+    "gone", ["original/000001.mp4", "sr_mp4/000001.mp4", "audios/000001.wav", "img/000001"]
+)
+def test_a_sample_of_the_seeds_layout_is_done_when_all_is_there(tmp_path, gone):
+    final, base = cascade()
+    options = {"layout": "seed", "stages": 2}
+    writer(tmp_path, **options).add([0, 1], final, None, base)
+    assert writer(tmp_path, **options).missing(range(3)) == [2]
+    path = tmp_path / gone
+    path.rename(tmp_path / "elsewhere")
+    w = writer(tmp_path, **options)
+    assert w.missing(range(3)) == [1, 2]
+    w.add([1], {n: v[1:] for n, v in final.items()}, None, {n: v[1:] for n, v in base.items()})
+    assert w.missing(range(2)) == []
+    assert [row["index"] for row in record(tmp_path)] == [0, 1]
+
+
+def test_frames_appear_when_all_are_there_and_take_the_place_of_others(tmp_path, monkeypatch):
+    final, base = cascade(1)
+    w = writer(tmp_path, layout="seed", stages=2, save=["png"])
+    w.add([0], final, None, base)
+    w.add([0], final, None, {"video": -base["video"][:, :, :5]})
+    assert tree(tmp_path) == {*(f"img/000000/{k:08d}.png" for k in range(5)), "samples.json"}
+    shown = np.asarray(Image.open(tmp_path / "img/000000/00000000.png"))
+    assert (shown.transpose(2, 0, 1) == pixels(-base["video"][0, :, 0])).all()
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="disk full"):
+        w.add([1], final, None, base)
+    assert [f.name for f in (tmp_path / "img").iterdir()] == ["000000"]
+
+
+def test_one_folder_holds_one_layout_and_is_emptied_of_both(tmp_path):
+    final, base = cascade(1)
+    w = writer(tmp_path, layout="seed", stages=2)
+    w.add([0], final, None, base)
+    w.finish()
+    (tmp_path / "img" / ".000001.9.part").mkdir()
+    (tmp_path / "sr_mp4" / ".000001.9.part.mp4").touch()
+    (tmp_path / "img" / "mine.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r'layout: "seed" there, "flat" here.*overwrite=true'):
+        writer(tmp_path)
+    assert tree(tmp_path) == seed_files(0) | PAGES | {"img/mine.txt"}
+    with pytest.raises(ValueError, match=r"seed: 0 there, 1 here"):
+        writer(tmp_path, seed=1, layout="seed", stages=2)
+    w = writer(tmp_path, overwrite=True)
+    assert {f.name for f in tmp_path.iterdir()} == {"img", "samples.json"}
+    assert tree(tmp_path / "img") == {"mine.txt"}
+    w.add([0], media(1))
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(ValueError, match="unknown settings"):
+        writer(tmp_path, layout="seed")
+
+
+def test_layouts_say_what_they_lack(tmp_path):
+    with pytest.raises(ValueError, match="layout=tree is none of flat, seed"):
+        writer(tmp_path, layout="tree")
+    with pytest.raises(ValueError, match="'gif' is none of mp4, wav, png, which layout=seed has"):
+        writer(tmp_path, layout="seed", save=["mp4", "gif"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["flat", "seed"])
+def test_a_kept_sound_goes_with_every_stage(tmp_path, layout):
+    source = make_media(tmp_path / "clip.mp4", seconds=0.8, channels=2).path
+    kept = Kept(source, 0.0, 0.8, {"audio": [(0.0, 0.8)]}, ("audio",))
+    final, base = cascade()
+    w = writer(tmp_path / "out", layout=layout, stages=2)
+    w.add([0, 1], final, [kept, None], base)
+    folders = {"flat": {".": 64}, "seed": {"original": 16, "sr_mp4": 64}}[layout]
+    for folder, size in folders.items():
+        info = io.probe(tmp_path / "out" / folder / "000000.mp4")
+        assert (info.height, info.sample_rate, info.channels) == (size, 44100, 2)
+        own = packets(tmp_path / "out" / folder / "000000.mp4", "audio")
+        assert own == packets(source, "audio")[: len(own)]
+        assert io.probe(tmp_path / "out" / folder / "000001.mp4").sample_rate == 8000
+    wav = tmp_path / "out" / {"flat": ".", "seed": "audios"}[layout] / "000000.wav"
+    assert io.probe(wav).sample_rate == 44100
+    assert record(tmp_path / "out")[0]["given"]["kept"] == {"audio": "copied"}
+
+
 # ---------------------------------------------------------------------------------- in a thread
 
 

@@ -4,6 +4,7 @@ video uint8 [3, T, H, W], audio float32 [C, L] in [-1, 1], times in seconds on t
 """
 
 import os
+import shutil
 import tempfile
 import wave
 from collections.abc import Callable, Iterator, Sequence
@@ -567,6 +568,17 @@ def write_png(path: str | Path, video: np.ndarray) -> Path:
     return Path(path)
 
 
+def write_frames(path: str | Path, video: np.ndarray) -> Path:
+    """A folder of all frames, `00000000.png` and so on, which appears when it is complete."""
+    from PIL import Image
+
+    with replacing(path) as part:
+        part.mkdir()
+        for k, frame in enumerate(_frames(video)):
+            Image.fromarray(frame).save(part / f"{k:08d}.png")
+    return Path(path)
+
+
 def _write(path, video, audio, fps, sample_rate, container, codecs):
     (video_codec, options), (audio_codec, rates) = codecs
     seconds = _frames(video).shape[0] / _rate(fps)
@@ -580,13 +592,17 @@ def _write(path, video, audio, fps, sample_rate, container, codecs):
 
 
 @contextmanager
-def new_container(path: str | Path, container: str) -> Iterator:
-    """An output that takes the place of `path` once it is complete; streams lie interleaved."""
+def new_container(path: str | Path, container: str, clock: int = 1000) -> Iterator:
+    """An output that takes the place of `path` once it is complete; streams lie interleaved.
+
+    `clock`: ticks a second in which MP4 and QuickTime say when a stream begins and ends.
+    """
     import av
 
     options = {"max_interleave_delta": "0"}
-    if container == "mp4":
+    if container in ("mp4", "mov"):
         options["movflags"] = "+faststart"
+        options["movie_timescale"] = str(min(clock, 2**31 - 1))
     with replacing(path) as part, av.open(str(part), "w", container, options=options) as out:
         yield out
 
@@ -659,8 +675,12 @@ def replacing(path) -> Iterator[Path]:
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield part
+        if part.is_dir():  # which takes the place of an empty folder alone
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     finally:
+        if part.is_dir():
+            shutil.rmtree(part)
         part.unlink(missing_ok=True)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,11 @@ from torch import Tensor
 
 from avdiffusion import io
 from avdiffusion.gallery import Entry, gallery_html
+from avdiffusion.layout import Layout
 from avdiffusion.mux import sound_of, write_with
 from avdiffusion.strip import contact_sheet, strip
 
-NEEDS = {"mp4": ["video"], "webm": ["video"], "gif": ["video"], "wav": ["audio"], "png": []}
 SHEET = 64  # strips on a contact sheet at most
-CLIP = re.compile(r"\d{6,}\.(mp4|webm|gif|wav|png)|contact\.png|gallery\.html|samples\.json")
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,14 @@ class Kept:
 
 
 class ClipWriter:
-    """Writes sample i as `<i:06d>.mp4`, `.wav`, `.gif`, `.webm` and `.png` (its strip).
+    """Writes samples as files of a folder that lie as a `Layout` says, and pages about them.
 
     Every file appears complete or not at all. `settings` is what the samples depend on
     (checkpoint hash, sampler, seed, guides): it is kept in `samples.json` from the start, and a
     folder that holds samples of other settings is refused unless `overwrite`, which empties it.
     `info` is shown beside it and may differ. `rates`: {"video": frames a second, "audio": Hz};
-    formats of a modality that has no rate are left out.
+    formats of a modality that has no rate are left out. `stages`: how many models one after another
+    make the samples; of several the seed's layout shows the first one's clips too.
 
     Of a sample with a modality that was given whole, the mp4 has the file's own picture (in its
     size and frame rate) or sound, and the wav its sound; other formats are as the model saw it.
@@ -60,51 +59,45 @@ class ClipWriter:
         settings: Mapping[str, object],
         info: Mapping[str, object] | None = None,
         save: Sequence[str] = ("mp4", "wav", "png"),
+        layout: str = "flat",
+        stages: int = 1,
         overwrite: bool = False,
     ):
-        unknown = [name for name in save if name not in NEEDS]
-        if unknown:
-            raise ValueError(f"save={list(save)}: {unknown[0]!r} is none of {', '.join(NEEDS)}")
         self.out, self.rates = Path(out), {k: _exact(v) for k, v in rates.items()}
-        self.save = [f for f in save if all(need in rates for need in NEEDS[f])]
-        if not self.save:
-            raise ValueError(f"save={list(save)} leaves nothing to write for {sorted(rates)}")
+        self.layout = Layout(layout, self.out, save=save, modalities=self.rates, stages=stages)
         self.settings = json.loads(json.dumps(dict(settings), default=str))
         self.info = json.loads(json.dumps(dict(info or {}), default=str))
         self.samples = {}  # index to what samples.json says of it
         self.scores = {}
         self.strips = {}  # index to PNG bytes, where they are not in a file
         self.out.mkdir(parents=True, exist_ok=True)
-        for part in self.out.glob(".*.part*"):
-            part.unlink()
+        self.layout.sweep()
         if overwrite:
-            for file in self.out.iterdir():
-                if CLIP.fullmatch(file.name):
-                    file.unlink()
+            self.layout.clear()
         self._continue()
         self._record()
 
-    def file(self, index: int, suffix: str) -> Path:
-        return self.out / f"{index:06d}.{suffix}"
-
     def missing(self, indices: Iterable[int]) -> list[int]:
         """Those of `indices` of which a requested file is not there yet."""
-        return [i for i in indices if not all(self.file(i, f).is_file() for f in self.save)]
+        return [i for i in indices if not self.layout.complete(i)]
 
     def add(
         self,
         indices: Sequence[int],
         media: Mapping[str, Tensor],
         kept: Sequence[Kept | None] | None = None,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Writes a batch: video [B, 3, T, H, W], audio [B, C, L], both in [-1, 1].
 
         Values outside are clipped and their share is recorded. `kept`: what was given of each.
+        `base`: what the first of several stages made of them.
         """
         self.scores = {}  # of fewer samples
         for k, index in enumerate(indices):
             clip = {name: value[k] for name, value in media.items()}
-            self._write(index, clip, kept[k] if kept else None)
+            first = clip if base is None else {name: value[k] for name, value in base.items()}
+            self._write(index, clip, kept[k] if kept else None, first)
         self._record()
 
     def finish(
@@ -132,7 +125,7 @@ class ClipWriter:
             Entry(f"{i:06d}", seed, self._player(i), self._strip(i)) for i in sorted(self.samples)
         ]
 
-    def _write(self, index, media, kept):
+    def _write(self, index, media, kept, base):
         outside = {name: ~(value.abs() <= 1) for name, value in media.items()}  # NaN too
         clipped = {name: round(float(mask.float().mean()), 6) for name, mask in outside.items()}
         video = pixels(media["video"]) if "video" in media else None
@@ -141,13 +134,14 @@ class ClipWriter:
         row = {"clipped": clipped}
         if kept:
             row["given"] = {"file": str(kept.path), "known": dict(kept.known)}
-        for kind in self.save:
-            path = self.file(index, kind)
-            if kind == "mp4" and kept and kept.whole:
-                row["given"]["kept"] = self._write_kept(path, kept, video, audio)
-            elif kind in ("mp4", "webm"):
-                write = io.write_mp4 if kind == "mp4" else io.write_webm
-                write(path, video, audio, fps=fps, sample_rate=sample_rate)
+        for kind in self.layout.kinds:
+            path = self.layout.file(index, kind)
+            shown = pixels(base["video"]) if kind in ("base", "frames") else video
+            if kind in ("mp4", "base") and kept and kept.whole:
+                row["given"]["kept"] = self._write_kept(path, kept, shown, audio)
+            elif kind in ("mp4", "base", "webm"):
+                write = io.write_webm if kind == "webm" else io.write_mp4
+                write(path, shown, audio, fps=fps, sample_rate=sample_rate)
             elif kind == "wav" and kept and "audio" in kept.whole:
                 own, rate = sound_of(kept.path, kept.start, kept.seconds)
                 io.write_wav(path, own, sample_rate=rate)
@@ -155,12 +149,14 @@ class ClipWriter:
                 io.write_wav(path, audio, sample_rate=sample_rate)
             elif kind == "gif":
                 io.write_gif(path, video, fps=fps)
+            elif kind == "frames":
+                io.write_frames(path, shown)
         picture = png(strip(video, audio, fps=fps, sample_rate=sample_rate))
-        if "png" in self.save:
-            write_whole(self.file(index, "png"), picture)
+        if "png" in self.layout.kinds:
+            write_whole(self.layout.file(index, "png"), picture)
         elif len(self.strips) < SHEET:
             self.strips[index] = picture
-        self.samples[index] = {"files": self._files(index), **row}
+        self.samples[index] = {"files": self.layout.files(index), **row}
 
     def _write_kept(self, path, kept, video, audio):
         """The mp4 with the file's own stream; says whether that was copied or encoded."""
@@ -173,7 +169,7 @@ class ClipWriter:
 
     def _continue(self):
         """Takes over what an earlier run wrote here, if its settings were the same."""
-        found = [f for f in self.out.iterdir() if re.fullmatch(r"\d{6,}\.\w+", f.name)]
+        found = self.layout.numbers()
         record = self.out / "samples.json"
         if not record.is_file():
             if found:
@@ -182,17 +178,17 @@ class ClipWriter:
         if not found:  # an earlier run came to nothing
             return
         before = json.loads(record.read_text())
-        mine = {**self.settings, **self.rates}
+        mine = {**self.settings, **self.rates, "layout": self.layout.name}
         theirs = {**before.get("settings", {}), **before.get("rates", {})}
+        theirs["layout"] = before.get("layout", "flat")
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 there, here = json.dumps(theirs.get(name)), json.dumps(mine.get(name))
                 self._refuse(f"samples of other settings ({name}: {there} there, {here} here)")
         self.scores = before.get("scores", {})
         known = {sample["index"]: sample for sample in before.get("samples", [])}
-        complete = {int(f.stem) for f in found} - set(self.missing({int(f.stem) for f in found}))
-        for index in complete:
-            row = {"clipped": {}, **known.get(index, {}), "files": self._files(index)}
+        for index in filter(self.layout.complete, found):
+            row = {"clipped": {}, **known.get(index, {}), "files": self.layout.files(index)}
             self.samples[index] = {k: row[k] for k in row if k != "index"}
 
     def _refuse(self, what):
@@ -201,9 +197,6 @@ class ClipWriter:
             "or overwrite=true to replace them"
         )
 
-    def _files(self, index):
-        return [self.file(index, f).name for f in NEEDS if self.file(index, f).is_file()]
-
     def _record(self):
         samples = [{"index": i, **self.samples[i]} for i in sorted(self.samples)]
         names = sorted({name for sample in samples for name in sample["clipped"]})
@@ -211,6 +204,7 @@ class ClipWriter:
             "settings": self.settings,
             "info": self.info,
             "rates": self.rates,
+            "layout": self.layout.name,
             "scores": self.scores,
             "clipped": {n: _mean([s["clipped"].get(n, 0) for s in samples]) for n in names},
             "samples": samples,
@@ -218,11 +212,13 @@ class ClipWriter:
         write_whole(self.out / "samples.json", (json.dumps(record, indent=1) + "\n").encode())
 
     def _strip(self, index):
-        path = self.file(index, "png")
-        return path.read_bytes() if path.is_file() else self.strips.get(index)
+        if "png" in self.layout.names and (path := self.layout.file(index, "png")).is_file():
+            return path.read_bytes()
+        return self.strips.get(index)
 
     def _player(self, index):
-        paths = (self.file(index, f) for f in ("mp4", "webm", "gif", "wav"))
+        kinds = [kind for kind in ("mp4", "webm", "gif", "wav") if kind in self.layout.names]
+        paths = (self.layout.file(index, kind) for kind in kinds)
         return next((path for path in paths if path.is_file()), None)
 
 

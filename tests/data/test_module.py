@@ -245,6 +245,19 @@ def test_durations():
         check_duration(fps=0, frames=10, sample_rate=16000, samples=5339)
 
 
+def test_what_is_absent_has_no_duration():
+    silent = {"sample_rate": None, "samples": None}
+    blind = {"fps": None, "frames": None}
+    check_duration(fps=10, frames=1, **silent)
+    check_duration(sample_rate=16000, samples=5339, **blind)
+    for missing in ({**silent, "fps": 0, "frames": 1}, {**blind, "sample_rate": -1, "samples": 1}):
+        with pytest.raises(ValueError, match="have to be above 0"):
+            check_duration(**missing)
+    module = DataModule(train=Clips(), **CLIP | silent)
+    assert (module.samples, module.fps) == (None, CLIP["fps"])
+    DataModule(train=Clips(), **CLIP | blind | {"size": None})
+
+
 def test_the_first_items_only_and_without_chance():
     batches = take(data(10, chance=True, batch_size=4, limit=4, random=False), 3)
     for batch in batches:

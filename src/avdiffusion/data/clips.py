@@ -3,42 +3,23 @@
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from avdiffusion.data.index import build_index, cache_folder, digest, side
-from avdiffusion.data.windows import KeptFile, Windows, as_item, keep, spread
-from avdiffusion.io import DECODER, MediaError, pcm16, read_window
+from avdiffusion.data.files import FromFiles, one_of, refusal
+from avdiffusion.data.index import build_index, cache_folder, digest
+from avdiffusion.data.windows import KeptFile, Windows, keep, spread
+from avdiffusion.io import DECODER, pcm16, read_window
 
 MAX_GAIN = 30.0  # dB: the noise of a pause is not to become a storm
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a folder gave: files used, files that are no media, and (file, reason) for bad ones."""
-
-    root: Path
-    used: int
-    ignored: list[str]
-    bad: list[tuple[str, str]]
-
-    def __str__(self) -> str:
-        kinds = Counter(reason.split(": ")[0] for _, reason in self.bad)
-        parts = [f"{self.used} files used"]
-        parts += [f"{n} left out ({kind})" for kind, n in kinds.most_common()]
-        parts += [f"{len(self.ignored)} that are no media"] if self.ignored else []
-        return f"{self.root}: " + ", ".join(parts)
-
-
-class Clips:
+class Clips(FromFiles):
     """Clips of `frames` pictures and `samples` of sound that begin at the same time.
 
     `[i]` is one of the windows that divide the files evenly, always the same. `draw(i, rng)` is a
@@ -64,8 +45,8 @@ class Clips:
         fps: float = 10,
         frames: int = 16,
         size: Sequence[int] = (64, 64),
-        sample_rate: int = 16000,
-        samples: int = 25600,
+        sample_rate: int | None = 16000,
+        samples: int | None = 25600,
         channels: int = 1,
         modalities: Sequence[str] = ("video", "audio"),
         fit: str = "crop",
@@ -79,11 +60,11 @@ class Clips:
     ):
         if hop is not None and hop <= 0:
             raise ValueError(f"hop={hop} has to be above 0")
-        _one_of("channels", channels, (1, 2))
-        _one_of("fit", fit, ("crop", "letterbox"))
-        _one_of("on_bad", on_bad, ("error", "skip"))
+        one_of("channels", channels, (1, 2))
+        one_of("fit", fit, ("crop", "letterbox"))
+        one_of("on_bad", on_bad, ("error", "skip"))
         for modality in modalities or [None]:
-            _one_of("modalities", modality, ("video", "audio"))
+            one_of("modalities", modality, ("video", "audio"))
         self.root = Path(root).expanduser()
         self.flip, self.loudness, self.on_bad = flip, loudness, on_bad
         self.request = {"modalities": tuple(modalities)}
@@ -105,8 +86,10 @@ class Clips:
         if not index.entries:
             others = f" ({len(index.ignored)} other files)" if index.ignored else ""
             raise FileNotFoundError(f"no audio or video files in {self.root}{others}")
-        usable = self._usable(index, seconds)
-        chosen = side({entry.path for entry in usable}, split, val_fraction, self.root)
+        fps = self.request.get("fps", 0)
+        problems = {e.path: e.problem(modalities, seconds, fps) for e in index.entries}
+        chosen = self._chosen(problems, index.ignored, split, val_fraction)
+        usable = [entry for entry in index.entries if not problems[entry.path]]
         self.files, self.windows, self._spans, self._kept = [], [], [], None
         for entry in usable:
             if entry.path in chosen:
@@ -117,26 +100,9 @@ class Clips:
                 self.files.append(entry.path)
         if keep:
             self._kept = self._keep(usable, seconds, hop, cache, index_workers, split, val_fraction)
-        # in shared memory: the workers of a loader tell each other and the main process
-        self._broken = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
-        if self._bad:
-            log.warning("%s; the first: %s", self.report, _listed(self._bad))
-        else:
-            log.info("%s", self.report)
-
-    def _usable(self, index, seconds):
-        modalities, fps = self.request["modalities"], self.request.get("fps", 0)
-        problems = {e.path: e.problem(modalities, seconds, fps) for e in index.entries}
-        self._bad = [(path, problem) for path, problem in problems.items() if problem]
-        usable = [entry for entry in index.entries if not problems[entry.path]]
-        self._used, self._ignored = len(usable), index.ignored
-        if self._bad and (not usable or self.on_bad == "error"):
-            remedy = "; data.train.on_bad=skip leaves them out" if usable else ""
-            raise ValueError(
-                f"{len(self._bad)} of {len(problems)} files in {self.root} cannot be used: "
-                f"{_listed(self._bad)}{remedy}"
-            )
-        return usable
+        looking = "video" in modalities
+        shown = [(e.info.height, e.info.width) for e in usable if looking and e.path in chosen]
+        self._begin(shown, size, fit)
 
     def _span(self, entry, seconds):
         """The first start of a window in a file, and how much later the last one may be."""
@@ -173,62 +139,22 @@ class Clips:
         shape = {k: v for k, v in self.request.items() if k not in ("modalities", "fit")}
         kept = Windows(folder, split=split, val_fraction=val_fraction, flip=self.flip, **shape)
         if kept.bad and self.on_bad == "error":
-            raise ValueError(
-                f"{len(kept.bad)} of {len(files)} files in {self.root} cannot be used: "
-                f"{_listed(kept.bad)}; data.train.on_bad=skip leaves them out"
-            )
+            raise ValueError(refusal(kept.bad, len(files), self.root))
         self._bad, self._used = self._bad + kept.bad, self._used - len(kept.bad)
         self.files, self.windows = kept.files, kept.windows
         return kept
 
-    @property
-    def report(self) -> Report:
-        """How the whole folder fared, files that broke while being read included."""
-        broken = [self.files[i] for i in self._broken.nonzero().flatten().tolist()]
-        late = [(path, "found broken while being read") for path in broken]
-        return Report(self.root, self._used - len(late), self._ignored, self._bad + late)
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        if self._kept is not None:
-            return self._kept[i]
-        for j in range(len(self)):
-            number = (i + j) % len(self)
-            item = self._read(number, self.windows[number][1], False)
-            if item is not None:
-                return item
-        raise MediaError(f"every file of {self.root} has become unreadable")
+        return super().__getitem__(i) if self._kept is None else self._kept[i]
 
     def draw(self, i: int, rng: np.random.Generator) -> dict:
         """A random window of the file of window i; if that is broken and skipped, of another's."""
-        if self._kept is not None:
-            return self._kept.draw(i, rng)
-        for _ in range(len(self) + 100):
-            start, room = self._spans[self.windows[i][0]]
-            place, coin = rng.random(2)
-            item = self._read(i, start + place * room, coin < self.flip)
-            if item is not None:
-                return item
-            i = int(rng.integers(len(self)))
-        raise MediaError(f"the files of {self.root} have become unreadable")
+        return super().draw(i, rng) if self._kept is None else self._kept.draw(i, rng)
 
-    def _read(self, i, start, mirror):
-        number = self.windows[i][0]
-        if self._broken[number]:
-            return None
-        try:
-            window = self._window(self.files[number], start)
-        except (MediaError, OSError) as error:
-            if self.on_bad == "error":
-                raise
-            self._broken[number] = True
-            log.warning("left out from now on, other clips take its place: %s", error)
-            return None
-        return as_item(i, window, mirror)
+    def _random(self, i, rng):
+        start, room = self._spans[self.windows[i][0]]
+        place, coin = rng.random(2)
+        return start + place * room, coin < self.flip
 
     def _window(self, path, start):
         """Arrays of one window: `video` uint8, `audio` int16, levelled before it is rounded."""
@@ -245,13 +171,3 @@ def levelled(audio, loudness):
         return audio
     level = 10 * np.log10(np.mean(np.square(audio, dtype=np.float64)))
     return audio * np.float32(min(10 ** (min(loudness - level, MAX_GAIN) / 20), 1 / peak))
-
-
-def _listed(bad, most=3):
-    more = f" and {len(bad) - most} more" if len(bad) > most else ""
-    return ", ".join(f"{path} ({reason})" for path, reason in bad[:most]) + more
-
-
-def _one_of(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} is one of {', '.join(map(str, choices))}, not {value}")

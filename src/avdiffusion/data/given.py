@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avdiffusion.data.index import build_index, examined, fullest
+from avdiffusion.data.index import Entry, build_index, examined, fullest
 from avdiffusion.io import EDGE, MediaError, read_window
 
 log = logging.getLogger("avdiffusion")
@@ -78,7 +78,7 @@ class Given:
         if seconds != "given":
             self._steps(seconds)  # if it is wrong, it is for every file
 
-        entries, self.ignored = _entries(Path(path).expanduser(), cache)
+        entries, self.ignored = entries_of(Path(path).expanduser(), cache)
         self.files, self._plans, bad = [], [], []
         for root, entry in entries:
             try:
@@ -219,8 +219,10 @@ def _covers(parts, steps):
     )
 
 
-def _entries(path, cache):
-    """(folder, entry) of the media files, and the names of other files."""
+def entries_of(
+    path: Path, cache: str | Path | None = None
+) -> tuple[list[tuple[Path, Entry]], list[str]]:
+    """(folder, entry) of a media file or of those of a folder, and the names of other files."""
     if path.is_dir():
         index = build_index(path, cache=cache)
         if not index.entries:

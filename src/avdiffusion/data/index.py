@@ -67,7 +67,7 @@ def build_index(
     `cache` is a folder, by default `avdiffusion` in $XDG_CACHE_HOME or ~/.cache.
     """
     root = Path(root)
-    media, ignored = _files(root)
+    media, ignored = files_below(root, MEDIA)
     store = cache_folder(cache) / f"index-{digest(os.path.realpath(root))}.json"
     known = _stored(store)
     stats = {path: (root / path).stat() for path in media}
@@ -151,9 +151,9 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
-def _files(root):
-    """Paths below `root`, also through links: media files, and others; dot files are left out."""
-    media, others, seen = [], [], set()
+def files_below(root: Path, wanted: re.Pattern) -> tuple[list[str], list[str]]:
+    """Paths below `root`, also through links: those wanted, and others; dot files are left out."""
+    found, others, seen = [], [], set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -164,8 +164,8 @@ def _files(root):
         for name in names:
             if not name.startswith("."):
                 path = Path(folder, name).relative_to(root).as_posix()
-                (media if MEDIA.search(name) else others).append(path)
-    return sorted(media), sorted(others)
+                (found if wanted.search(name) else others).append(path)
+    return sorted(found), sorted(others)
 
 
 def _stored(path):

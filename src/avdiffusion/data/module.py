@@ -87,7 +87,8 @@ class DataModule(pl.LightningDataModule):
     (all of its share by default) and accumulates the rest. Of the training data the first `limit`
     items are used; with `random=False` each is always the same window, not mirrored. `frames`,
     `fps`, `size`, `samples`, `sample_rate`, `channels`, `root` say what the datasets deliver; they
-    are checked once here.
+    are checked once here. Without sound `samples` and `sample_rate` are None, without a picture
+    `frames`, `fps` and `size`.
     """
 
     def __init__(
@@ -95,11 +96,11 @@ class DataModule(pl.LightningDataModule):
         *,
         train: Dataset,
         val: Dataset | None = None,
-        fps: float,
-        frames: int,
-        size: list[int],
-        sample_rate: int,
-        samples: int,
+        fps: float | None,
+        frames: int | None,
+        size: list[int] | None,
+        sample_rate: int | None,
+        samples: int | None,
         channels: int = 1,
         root: str | None = None,
         batch_size: int = 16,
@@ -230,10 +231,14 @@ class Indexed(Dataset):
         return {**self.dataset[index], "index": index, "position": index}
 
 
-def check_duration(*, fps: float, frames: int, sample_rate: int, samples: int) -> None:
-    """Raises ValueError unless picture and sound last equally long, to the nearest sample."""
-    if fps <= 0 or sample_rate <= 0:
+def check_duration(
+    *, fps: float | None, frames: int | None, sample_rate: int | None, samples: int | None
+) -> None:
+    """Raises ValueError unless picture and sound, where both are there, last equally long."""
+    if any(rate is not None and rate <= 0 for rate in (fps, sample_rate)):
         raise ValueError(f"fps={fps} and sample_rate={sample_rate} have to be above 0")
+    if None in (fps, frames) or None in (sample_rate, samples):
+        return
     wanted = round(sample_rate * frames / fps)
     if not math.isclose(samples, wanted, abs_tol=0.5):
         raise ValueError(

@@ -42,33 +42,35 @@ class Operations(TorchDispatchMode):
         return operation(*arguments, **(options or {}))
 
 
-def flops_of(config, shapes):
+def net_config(size):
+    """Arguments of a network of the configs."""
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{size}.yaml"))
+    config.pop("_target_")
+    return config
+
+
+def flops_of(make, inputs):
     """Floating-point operations of one forward pass, counted without computing it."""
-    with torch.device("meta"):
-        net, inputs = CoupledUNet(**config), [torch.empty(shape) for shape in shapes]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(*inputs, time=torch.empty(shapes[0][0]))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        net = make()
+        given, named = inputs(net, "meta")
+        net(*given, **named)
     return counter.get_total_flops()
 
 
-def measure(size, args):
-    """One row of the table; called in a process of its own, so that memory starts from nothing."""
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{size}.yaml"))
-    config.pop("_target_")
-    config["checkpoint"] = args.checkpoint
+def figures(make, inputs, args, **step):
+    """What is measured of the network that `make` makes, on `inputs(net, device)`: given, named.
+
+    `step`: of how sampling calls it. Called in a process of its own, so that memory starts from
+    nothing.
+    """
     memory.keep_freed()
-    device, batch = torch.device(args.device), args.batch
-    channels, frames, pixels, samples = (
-        config["video_channels"], args.frames, args.pixels, args.samples,
-    )  # fmt: skip
-    shapes = [(batch, channels, frames, pixels, pixels), (batch, config["audio_channels"], samples)]
-    flops = flops_of(config, shapes)
+    device = torch.device(args.device)
+    flops = flops_of(make, inputs)
     with PeakMemory(device) as peak:
         torch.manual_seed(0)
-        net = CoupledUNet(**config).to(device)
-        video, audio = (torch.randn(shape, device=device) for shape in shapes)
-        steps = torch.full((batch,), 500.0, device=device)
-        shifts = torch.tensor(net.shift_ranges(frames), device=device) // 2
+        net = make().to(device)
+        given, named = inputs(net, device)
 
         def cast():
             if args.dtype == "fp32":
@@ -77,15 +79,16 @@ def measure(size, args):
 
         def forward(call):
             with torch.no_grad():
-                call(video, audio, time=steps, shifts=shifts)
+                call(*given, **named)
 
-        def step():
+        def train():
             net.zero_grad()
             with cast():
-                outputs = net(video, audio, time=steps, shifts=shifts)
+                outputs = net(*given, **named)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             sum(output.float().square().mean() for output in outputs).backward()
 
-        chosen = {"precision": PRECISION[args.dtype], "capture": False}
+        chosen = {"precision": PRECISION[args.dtype], "capture": False, **step}
         call = Step(**chosen)(net)
         with Operations() as operations:
             forward(call)
@@ -94,15 +97,10 @@ def measure(size, args):
         del call  # and weights in bfloat16
         if args.compile:
             net.compile(dynamic=False)
-        step_seconds = None if args.forward_only else best_time(step, device, args.repeats)
+        step_seconds = None if args.forward_only else best_time(train, device, args.repeats)
     speed = flops / seconds / 1e9
     rate = conv_rate(device, DTYPES[args.dtype])
     return {
-        "size": size,
-        "dtype": args.dtype,
-        "mode": "compiled" if args.compile else "eager",
-        "batch": batch,
-        "checkpoint": args.checkpoint,
         "parameters": sum(p.numel() for p in net.parameters()),
         "gflop": flops / 1e9,
         "operations": operations.count,
@@ -115,9 +113,30 @@ def measure(size, args):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="tiny,small,base")
+def measure(size, args):
+    """One row of the table."""
+    config, batch = net_config(size), args.batch
+    config["checkpoint"] = args.checkpoint
+    video = batch, config["video_channels"], args.frames, args.pixels, args.pixels
+    audio = batch, config["audio_channels"], args.samples
+
+    def inputs(net, device):
+        clip = [torch.randn(shape, device=device) for shape in (video, audio)]
+        shifts = torch.tensor(net.shift_ranges(args.frames), device=device) // 2
+        return clip, {"time": torch.full((batch,), 500.0, device=device), "shifts": shifts}
+
+    return {
+        "size": size,
+        "dtype": args.dtype,
+        "mode": "compiled" if args.compile else "eager",
+        "batch": batch,
+        "checkpoint": args.checkpoint,
+        **figures(partial(CoupledUNet, **config), inputs, args),
+    }
+
+
+def network_options(parser):
+    """Adds how a network is computed, and how often."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--compile", action="store_true")
@@ -130,19 +149,31 @@ def main():
         help="activations computed again in the backward pass: true, or GiB that may be kept",
     )
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--repeats", type=int, default=2)
+    options(parser)
+
+
+def rows(measure, choices, args):
+    """measure(choice, args) of every choice, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
+        for choice in choices:
+            yield processes.submit(measure, choice, args).result()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="tiny,small,base")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--samples", type=int, default=25600)
-    parser.add_argument("--repeats", type=int, default=2)
-    options(parser)
+    network_options(parser)
     args = parser.parse_args()
 
     report = Report("unet", vars(args))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as processes:
-        for size in args.sizes.split(","):
-            report.add(processes.submit(measure, size, args).result())
+    for row in rows(measure, args.sizes.split(","), args):
+        report.add(row)
     report.limit(limits(torch.device(args.device), (args.dtype,)))
     report.finish(args)
 

@@ -1,8 +1,9 @@
-"""The sampler benchmark on a small checkpoint, and its measures against what is known of them."""
+"""Benchmarks of samplers and networks on small ones, and measures against what is known of them."""
 
 import importlib.util
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -145,3 +146,56 @@ def test_spectra_tell_a_hiss_from_silence(bench):
     assert loud.shape[1] <= 13
     assert abs(loud[:, -1].mean() + 4) < 0.1  # power 1e-4, white
     assert torch.allclose(bench.spectrum(wave), torch.tensor(0.25 / 400).double().log10())
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """The benchmarks of networks, which do not measure the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        both = [importlib.import_module(name) for name in ("superres", "unet")]
+        patch.setattr(both[1], "conv_rate", lambda device, dtype: 100.0)
+        yield both
+
+
+ARGUMENTS = {"device": "cpu", "compile": False, "checkpoint": False, "repeats": 1}
+
+
+def test_super_resolution_is_measured_frame_by_frame(networks):
+    superres, _ = networks
+    args = Namespace(**ARGUMENTS, pixels=16, dtype="bf16", forward_only=True)
+    one, two = (superres.measure(("sr_tiny", frames), args) for frames in (1, 2))
+    assert (one["frames"], two["frames"], one["dtype"]) == (1, 2, "bf16")
+    assert two["gflop"] == pytest.approx(2 * one["gflop"], rel=1e-2)  # but for the time
+    assert two["frame_s"] == two["forward_s"] / 2
+    assert two["fraction_of_conv_rate"] == pytest.approx(two["gflop"] / two["forward_s"] / 100)
+    assert one["forward_backward_s"] is None
+
+
+def test_the_coupled_network_is_measured_forward_and_backward(networks):
+    _, unet = networks
+    sizes = {"batch": 1, "frames": 2, "pixels": 16, "samples": 256}
+    row = unet.measure("tiny", Namespace(**ARGUMENTS, **sizes, dtype="fp32", forward_only=False))
+    assert row["forward_backward_s"] > row["forward_s"] > 0
+    assert row["parameters"] > 1_000_000
+    assert row["operations"] > 500
+
+
+def test_a_clip_takes_its_evaluations_of_all_frames(networks):
+    kept = {"size": "a", "dtype": "fp32", "mode": "eager", "pixels": 64}
+    rows = [
+        {**kept, "frames": 1, "forward_s": 2.0},
+        {**kept, "frames": 6, "forward_s": 9.0},
+        {**kept, "size": "b", "frames": 16, "forward_s": 5.0},
+    ]
+    # 16 frames are 16 calls of 2 s, or 3 of 9 s
+    found = [
+        (r["size"], r["frames"], r["evaluations"], r["clip_s"])
+        for r in networks[0].clips(rows, [5, 10], 16)
+    ]
+    assert found == [
+        ("a", 6, 5, 135.0),
+        ("a", 6, 10, 270.0),
+        ("b", 16, 5, 25.0),
+        ("b", 16, 10, 50.0),
+    ]

@@ -8,13 +8,15 @@ import golden_network
 import pytest
 import torch
 from entry import Project
+from golden_media import close, load, z
 from golden_network import frames_first, recording, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avdiffusion
-from avdiffusion import checkpoint, convert, published
+from avdiffusion import checkpoint, convert, published, published_unet
 from avdiffusion.nn.coupled_unet import CoupledUNet
+from avdiffusion.nn.unet import UNet
 from avdiffusion.samplers.ddim import DDIM
 
 CASE, META = recording("noshift")
@@ -39,6 +41,11 @@ CHANGES = [f"{NET}.{key}={value}".replace(" ", "") for key, value in ARGUMENTS.i
 CHANGES += ["data.frames=4", "data.size=[8,8]", "data.samples=640"]
 TINY = ["exp=landscape", *CHANGES]
 
+SR_CASE, SR_META = load("sr_unet.npz")
+SR = {"channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [2]}
+SMALL_SR = ["exp=landscape_sr", *(f"{NET}.{k}={v}".replace(" ", "") for k, v in SR.items())]
+SMALL_SR += ["data.size=[32,32]"]  # of the recorded network
+
 
 @pytest.fixture(scope="module")
 def weights():
@@ -55,14 +62,21 @@ def weights():
 def command(tmp_path, capsys, monkeypatch):
     """Runs the command on some content, in a folder; returns what it says."""
 
-    def run(content, *words, source="theirs.pt", target="ours.ckpt", folder="."):
+    def run(
+        content,
+        *words,
+        layout="mm_diffusion",
+        source="theirs.pt",
+        target="ours.ckpt",
+        folder=".",
+    ):
         (tmp_path / folder).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / folder)
         if isinstance(content, bytes):
             (tmp_path / folder / source).write_bytes(content)
         elif content is not None:
             torch.save(content, source)
-        convert.main(["mm_diffusion", source, target, *words])
+        convert.main([layout, source, target, *words])
         return capsys.readouterr().out
 
     return run
@@ -214,6 +228,43 @@ def test_a_name_that_has_to_be_quoted(weights, command):
     assert said.splitlines()[1] == "to sample: python sample.py \"ckpt='step=0 of theirs.ckpt'\""
 
 
+# --------------------------------------------------------------------------------- super-resolution
+
+
+def test_super_resolution_is_the_published_network(command, tmp_path):
+    """In each of the forms that are published: bare, and with the classes of guided-diffusion."""
+    weights = golden_network.weights(SR_META)
+    classes = {"label_emb.weight": torch.zeros(1000, 128)}
+    forms = {
+        "bare": weights,
+        "classes": {**weights, **classes},
+        "module": {f"module.{key}": value for key, value in weights.items()},
+        "wrapped": {"state_dict": {f"module.{k}": v for k, v in {**weights, **classes}.items()}},
+    }
+    said = {
+        form: command(content, *SMALL_SR, layout="guided_diffusion", folder=form)
+        for form, content in forms.items()
+    }
+    assert said["bare"].splitlines() == [
+        "ours.ckpt: 0.8 M parameters, the 144 tensors of theirs.pt",
+        "to sample: python sample.py ckpt=ours.ckpt given=DIR",
+    ]
+    assert said["classes"].splitlines()[0].endswith("theirs.pt; label_emb.weight is left out")
+    assert said["wrapped"].splitlines()[0].endswith("'state_dict'; label_emb.weight is left out")
+    assert len({(tmp_path / form / "ours.ckpt").read_bytes() for form in forms}) == 1
+
+    stored = checkpoint.read(tmp_path / "bare" / "ours.ckpt")
+    assert stored["converted"] == {"layout": "guided_diffusion", "file": "theirs.pt"}
+    system = avdiffusion.load(tmp_path / "bare" / "ours.ckpt", device="cpu")
+    x, low = z("r.in.x", (2, 3, 32, 32)), z("r.in.low_res", (2, 3, 8, 8), 0.5).clamp(-1, 1)
+    time = torch.tensor(SR_META["timesteps"]).float()
+    for model in (system.model, system.ema.ema_model):
+        cond = model.condition({"low_res": low[:, :, None]})
+        with torch.no_grad():
+            out = model.net(x[:, :, None], time=time, **cond)
+        close(out[:, :, 0], SR_CASE["output"])
+
+
 # -------------------------------------------------------------------------------------- wrong files
 
 
@@ -307,7 +358,7 @@ def test_the_published_network_asks_for_its_experiment(refused):
         assert text.splitlines()[-1].startswith("it is the published network: give exp=landscape")
 
 
-def test_image_networks_are_named(refused):
+def test_networks_of_the_other_layout_are_named(weights, refused):
     for channels, what in ((6, "a super-resolution network"), (3, "an image network")):
         content = {
             "time_embed.0.weight": torch.zeros(768, 192),
@@ -318,6 +369,55 @@ def test_image_networks_are_named(refused):
         for key in ("", "module."):
             text = refused({key + name: value for name, value in content.items()}, "exp=landscape")
             assert f"holds {what} ({channels} channels in, 192 wide)" in one_line(text)
+            assert text.endswith(": convert it as guided_diffusion")
+    text = one_line(refused(weights, *SMALL_SR, layout="guided_diffusion"))
+    assert text.endswith("a network of video and sound together: convert it as mm_diffusion")
+
+
+OTHER_SR = {
+    "deeper": {"channels": 16, "num_res_blocks": 2},
+    "no variance": {"out_factor": 1, "scale_shift_norm": False},
+    "levels": {"channel_mult": (1, 1, 2), "attention_resolutions": (1, 4)},
+    "convolutions": {"resblock_updown": False},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SR)
+def test_the_advice_for_super_resolution_is_right(name, command, refused, tmp_path):
+    torch.manual_seed(0)
+    net = UNet(**{**SR, **OTHER_SR[name]})
+    content = published_unet.to_published(net)
+    advice = refused(content, *SMALL_SR, layout="guided_diffusion").splitlines()[-1]
+    assert advice.startswith("its shapes fit with ")
+    words = [word.strip("'") for word in advice.removeprefix("its shapes fit with ").split()]
+    command(content, *SMALL_SR, *words, layout="guided_diffusion")
+    system = checkpoint.load(tmp_path / "ours.ckpt", device="cpu")
+    expected = net.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in system.model.net.state_dict().items())
+
+
+def test_weights_of_frames_are_not_those_of_clips(refused):
+    content = golden_network.weights(SR_META)
+    text = refused(content, *SMALL_SR, f"{NET}.dims=3", layout="guided_diffusion")
+    assert "these are weights for single frames, its dims=3 is for clips" in text
+    assert text.splitlines()[-1] == f"its shapes fit with {NET}.dims=2"
+    word = f"{NET}.attention=factorised"
+    text = refused(content, *SMALL_SR, word, layout="guided_diffusion")
+    assert "of its tensors are in no file, such as decoder.0.time." in text
+    assert text.splitlines()[-1] == f"its shapes fit with {NET}.attention=spatial"
+
+
+def test_published_super_resolution_asks_for_its_experiment(refused):
+    with torch.device("meta"):
+        full = UNet()
+    one = torch.zeros(1)
+    content = {e.published: one.expand(e.shape) for e in published_unet.entries(full)}
+    assert len(content) == 566
+    options = {"layout": "guided_diffusion"}
+    text = refused(content, *SMALL_SR, **options)
+    assert "it is the published network: give exp=landscape_sr or exp=aist_sr" in text
+    text = one_line(refused(content, "exp=landscape", **options))
+    assert f"{NET} is a CoupledUNet, the weights are of a UNet: give exp=landscape_sr" in text
 
 
 def test_three_dimensional_convolutions_are_named(weights, refused):
@@ -390,6 +490,7 @@ def test_help_has_examples(capsys):
     text = capsys.readouterr().out
     assert "mm_diffusion Landscape.pt landscape.ckpt exp=landscape\n" in text
     assert "mm_diffusion AIST++.pt aist.ckpt exp=aist\n" in text
+    assert "guided_diffusion Landscape_SR.pt landscape_sr.ckpt exp=landscape_sr\n" in text
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -429,6 +530,40 @@ def test_shapes_tell_the_settings(levels, blocks, cross, video, audio, middle, f
     assert published.settings(tensors) is None
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    levels=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    blocks=st.integers(1, 3),
+    attention=st.sets(st.sampled_from((1, 2, 4, 8))),
+    film=st.booleans(),
+    updown=st.booleans(),
+    told=st.integers(0, 4),
+    factor=st.integers(1, 2),
+)
+def test_shapes_tell_the_settings_of_super_resolution(
+    levels, blocks, attention, film, updown, told, factor
+):
+    scales = {2**k for k in range(len(levels))}
+    expected = {
+        "dims": 2,
+        "video_channels": 3,
+        "concat_channels": told,
+        "channels": 4,
+        "channel_mult": tuple(levels),
+        "num_res_blocks": blocks,
+        "conv": "2d",
+        "attention": "spatial",
+        "attention_resolutions": tuple(sorted(attention & scales)),
+        "scale_shift_norm": film,
+        "resblock_updown": updown or len(levels) == 1,
+        "out_factor": factor,
+    }
+    tensors = published_unet.to_published(UNet(**expected, num_heads=2))
+    assert published_unet.settings(tensors) == expected
+    tensors.popitem()
+    assert published_unet.settings(tensors) is None
+
+
 # --------------------------------------------------------------------------------- entry points
 
 
@@ -463,7 +598,7 @@ def test_it_is_sampled_and_trained_from(weights, tmp_path_factory, monkeypatch):
 
         files = project.files()
         done = project(" ".join([train, *own, f"{NET}.channels=64"]))
-        assert "ours.ckpt was converted for another model than this config's" in done.error
+        assert "ours.ckpt holds the weights of another model than this config's" in done.error
         assert project.files() == files
     finally:
         project.close()

@@ -3,6 +3,8 @@
 python -m avdiffusion.convert mm_diffusion Landscape.pt landscape.ckpt exp=landscape
 python -m avdiffusion.convert mm_diffusion AIST++.pt aist.ckpt exp=aist
 python -m avdiffusion.convert mm_diffusion ema_0.9999_100000.pt own.ckpt exp=folder data.root=DIR
+python -m avdiffusion.convert guided_diffusion Landscape_SR.pt landscape_sr.ckpt exp=landscape_sr
+python -m avdiffusion.convert guided_diffusion 64_256_upsampler.pt upsampler.ckpt exp=landscape_sr
 
 What follows the two files are overrides as for train.py: the config that the weights are for.
 """
@@ -12,38 +14,66 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from avdiffusion import checkpoint
+from avdiffusion import checkpoint, published, published_unet
 from avdiffusion.checkpoint import CheckpointError
 from avdiffusion.nn.coupled_unet import CoupledUNet
-from avdiffusion.published import (
-    OtherWeights,
-    bare,
-    differences,
-    entries,
-    from_published,
-    settings,
-)
+from avdiffusion.nn.unet import UNet
+from avdiffusion.published import OtherWeights, bare, differences
 
 # Where files keep weights among other things, the average before what is trained.
 PLACES = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model")
 NET = "model.diffusion.net"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How others name the weights of a network.
+
+    `keys`: the module that knows these names; `first`: what the name of its first convolution
+    begins with; `unused`: tensors that ours has no use for; `sample`: how it is sampled from.
+    """
+
+    net: type[nn.Module]
+    keys: ModuleType
+    first: str
+    experiments: str
+    unused: tuple[str, ...] = ()
+    sample: str = ""
+
+
+LAYOUTS = {
+    "mm_diffusion": Layout(
+        CoupledUNet, published, "input_blocks.0.0.video_conv.", "exp=landscape or exp=aist"
+    ),
+    "guided_diffusion": Layout(
+        UNet,
+        published_unet,
+        "input_blocks.0.0.weight",
+        "exp=landscape_sr or exp=aist_sr",
+        unused=("label_emb.weight",),
+        sample=" given=DIR",
+    ),
+}
+
+
 def convert(
+    layout: str,
     source: str | Path,
     target: str | Path,
     overrides: Sequence[str] = (),
     *,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes the checkpoint of a published MM-Diffusion file; tells what is in it.
+    """Writes the checkpoint of a file in a published `layout`, one of LAYOUTS; tells what is in it.
 
     `overrides` are composed to the config that it is to hold. Trained weights and their average are
     the published ones. There is no optimiser state, so training does not go on from it, but a new
@@ -58,60 +88,75 @@ def convert(
         raise CheckpointError(f"{target} is there already: give another name, or --overwrite")
     if target.exists() and source.exists() and target.samefile(source):
         raise CheckpointError(f"{target} is the file to read: give another name")
-    published, place = weights(source)
+    found, place = weights(source, layout)
+    unused = [key for key in LAYOUTS[layout].unused if key in found]
+    used = {key: value for key, value in found.items() if key not in unused}
     where = "paths.run=${paths.runs}/${name}"  # there is no run whose folder it could be
     config = checkpoint.plain(checkpoint.compose([where, *overrides]))
     system = checkpoint.build(config["model"])
-    fill(system, published, config, source)
+    fill(system, used, config, source, LAYOUTS[layout])
     content = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": version("pytorch-lightning"),
         "state_dict": system.state_dict(),
         "hyper_parameters": config,
-        "converted": {"layout": "mm_diffusion", "file": source.name},
+        "converted": {"layout": layout, "file": source.name},
     }
     system.on_save_checkpoint(content)
     checkpoint.write(content, target)
-    count = sum(p.numel() for p in system.model.parameters())
-    return {"file": target, "parameters": count, "tensors": len(published), "place": place}
+    return {
+        "file": target,
+        "parameters": sum(p.numel() for p in system.model.parameters()),
+        "tensors": len(used),
+        "unused": unused,
+        "place": place,
+    }
 
 
 def fill(
-    system: nn.Module, published: Mapping[str, Tensor], config: dict, source: str | Path
+    system: nn.Module,
+    found: Mapping[str, Tensor],
+    config: dict,
+    source: str | Path,
+    layout: Layout,
 ) -> None:
     """Puts published weights into a system's network and its averages, if they are of that network.
 
     All of them then share their memory, and so does what is saved of them.
     """
     net, clip = system.model.net, system.latent(1).values()
-    if not isinstance(net, CoupledUNet):
-        raise CheckpointError(f"{NET} is a {type(net).__name__}, the weights are of a CoupledUNet")
+    if not isinstance(net, layout.net):
+        raise CheckpointError(
+            f"{NET} is a {type(net).__name__}, the weights are of a {layout.net.__name__}: "
+            f"give {layout.experiments}"
+        )
     try:
-        state = from_published(net, published)
+        state = layout.keys.from_published(net, found)
     except OtherWeights as error:
         text = f"{source} does not hold the network of this config\n{error}"
-        raise OtherWeights("\n".join([text, *advice(published, config)])) from None
-    takes = [layer.weight.shape[1] for layer in (net.video_in.space, net.audio_in)]
-    if takes != [value.shape[1] for value in clip]:
+        raise OtherWeights("\n".join([text, *advice(found, config, layout)])) from None
+    if net.takes != [value.shape[1] for value in clip]:
         raise CheckpointError(
-            f"the network takes {_both(takes)} channels of picture and sound, this config gives it "
-            f"{_both(value.shape[1] for value in clip)}: give exp=landscape, or change model/codec "
-            "or data.channels"
+            f"the network takes {_both(net.takes)} channels of "
+            f"{' and '.join(('picture', 'sound')[: len(net.takes)])}, this config gives it "
+            f"{_both(value.shape[1] for value in clip)}: give {layout.experiments}, or change "
+            "model/codec or data.channels"
         )
-    net.check(*clip, None)
-    broken = [key for key, value in published.items() if not value.isfinite().all()]
+    if isinstance(net, CoupledUNet):  # the other takes frames of any size
+        net.check(*clip, None)
+    broken = [key for key, value in found.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{source} holds NaN or infinity in {len(broken)} tensors, such as {broken[0]}"
         )
     for each in system.modules():
-        if isinstance(each, CoupledUNet):
+        if isinstance(each, layout.net):
             each.load_state_dict(state, assign=True)
 
 
-def weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a file that may be published weights, and where in it they are."""
+def weights(path: Path, layout: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file that may be weights in this layout, and where in it they are."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     content, place = checkpoint.content(path, mmap=True), None
@@ -135,37 +180,40 @@ def weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
                 f"stand at its top, or under {', '.join(PLACES)}"
             )
     found = bare(found)
-    first = found.get("input_blocks.0.0.weight")  # of networks in the layout of guided-diffusion
-    if first is not None and first.ndim > 1:
-        what = "a super-resolution" if first.shape[1] == 6 else "an image"
-        raise CheckpointError(
-            f"{path} holds {what} network ({first.shape[1]} channels in, {first.shape[0]} wide): "
-            "mm_diffusion converts those of video and sound together, such as Landscape.pt"
-        )
+    for name, other in LAYOUTS.items():
+        if name != layout and any(key.startswith(other.first) for key in found):
+            raise CheckpointError(f"{path} holds {_what(found)}: convert it as {name}")
     return found, place
 
 
-def advice(published: Mapping[str, Tensor], config: dict) -> list[str]:
+def _what(found: Mapping[str, Tensor]) -> str:
+    """The kind of network, in words."""
+    first = found.get("input_blocks.0.0.weight")
+    if first is None:
+        return "a network of video and sound together"
+    what = "a super-resolution" if first.shape[1] == 6 else "an image"
+    return f"{what} network ({first.shape[1]} channels in, {first.shape[0]} wide)"
+
+
+def advice(found: Mapping[str, Tensor], config: dict, layout: Layout) -> list[str]:
     """What to change in a config for these weights, where their shapes tell."""
-    if "input_blocks.1.0.video_in_layers.2.video_conv.weight" in published:
+    if "input_blocks.1.0.video_in_layers.2.video_conv.weight" in found:
         return ["its convolutions of video are 3-D (video_type=3d), those of this network are not"]
-    found = settings(published)
-    if found is None:
+    shapes = layout.keys.settings(found)
+    if shapes is None:
         return []
     with torch.device("meta"):
-        if not differences(entries(CoupledUNet()), published):
-            return [
-                "it is the published network: give exp=landscape or exp=aist, and no other size"
-            ]
+        if not differences(layout.keys.entries(layout.net()), found):
+            return [f"it is the published network: give {layout.experiments}, and no other size"]
     given = config["model"]["diffusion"]["net"]
-    changes = {k: v for k, v in found.items() if v != _comparable(given.get(k))}
+    changes = {k: v for k, v in shapes.items() if v != _comparable(given.get(k))}
     words = [f"{NET}.{key}={_text(value)}" for key, value in changes.items()]
     if "out_factor" in changes:
         words.append(f"model.diffusion.learned_variance={_text(changes['out_factor'] > 1)}")
     if "audio_channels" in changes:
         words.append(f"data.channels={changes['audio_channels']}")
     text = f"its shapes fit with {shlex.join(words)}"
-    number = len(found["cross_attention_resolutions"])
+    number = len(shapes.get("cross_attention_resolutions", ()))
     if number != len(given.get("cross_attention_windows", ())):
         text += f", and {number} {NET}.cross_attention_windows"
     return [text]
@@ -188,17 +236,20 @@ def _text(value) -> str:
 
 def _run(given: argparse.Namespace) -> None:
     checkpoint.check(given.overrides)
+    files = given.source, given.target
     try:
-        made = convert(given.source, given.target, given.overrides, overwrite=given.overwrite)
+        made = convert(given.layout, *files, given.overrides, overwrite=given.overwrite)
     except OtherWeights as error:  # whose lines are to stay apart
         raise SystemExit(f"error: {error}") from None
     place = f" under '{made['place']}'" if made["place"] else ""
+    unused = f"; {', '.join(made['unused'])} is left out" if made["unused"] else ""
     word = f"ckpt={given.target}"
     if not re.fullmatch(r"[\w./+-]+", given.target):
         word = f'"ckpt={checkpoint.quoted(given.target)}"'
     sys.stdout.write(
         f"{made['file']}: {made['parameters'] / 1e6:.1f} M parameters, the {made['tensors']} "
-        f"tensors of {given.source}{place}\nto sample: python sample.py {word}\n"
+        f"tensors of {given.source}{place}{unused}\n"
+        f"to sample: python sample.py {word}{LAYOUTS[given.layout].sample}\n"
     )
 
 
@@ -209,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> None:
         epilog="\n".join(__doc__.splitlines()[2:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("layout", choices=["mm_diffusion"], help="whose names the weights have")
+    parser.add_argument("layout", choices=list(LAYOUTS), help="whose names the weights have")
     parser.add_argument("source", help="the published file, such as Landscape.pt")
     parser.add_argument("target", help="the checkpoint to write, such as landscape.ckpt")
     parser.add_argument(

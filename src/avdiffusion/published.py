@@ -24,26 +24,46 @@ class Entry:
     published: str
     shape: tuple[int, ...]
     ours: str
-    rows: slice
+    rows: slice | Tensor
 
 
 class OtherWeights(ValueError):
     """Weights of another network; the message, of several lines, has what differs."""
 
 
-def entries(net: CoupledUNet) -> Iterator[Entry]:
-    """Every published tensor of this network, in the published order."""
-    tensors = dict(net.named_parameters())
-    names = {module: name for name, module in net.named_modules()}
+class Pairs:
+    """Entries of the weights and biases of a network's modules."""
 
-    def pair(published, module, weight=(), rows=None):
-        """Weight and bias; `weight` is the published shape behind the two channel axes."""
-        rows = rows or slice(None)
+    def __init__(self, net: nn.Module):
+        self.tensors = dict(net.named_parameters())
+        self.names = {module: name for name, module in net.named_modules()}
+
+    def __call__(
+        self,
+        published: str,
+        module: nn.Module,
+        weight: tuple[int, ...] = (),
+        rows: slice | Tensor = slice(None),
+    ) -> Iterator[Entry]:
+        """`weight` is the published shape behind the two channel axes."""
         for kind in ("weight", "bias"):
-            ours = f"{names[module]}.{kind}"
-            shape = tuple(tensors[ours][rows].shape)
+            ours = f"{self.names[module]}.{kind}"
+            shape = tuple(self.tensors[ours][rows].shape)
             shape = (*shape[:2], *weight) if kind == "weight" else shape
             yield Entry(f"{published}.{kind}", shape, ours, rows)
+
+
+def film_rows(blocks: Iterable[nn.Module]) -> dict[nn.Module, slice]:
+    """The rows of the time projection that belong to each residual block."""
+    found, start = {}, 0
+    for block in blocks:
+        found[block] = slice(start, start := start + block.film_width)
+    return found
+
+
+def entries(net: CoupledUNet) -> Iterator[Entry]:
+    """Every published tensor of this network, in the published order."""
+    pair, films = Pairs(net), film_rows(net.res_blocks())
 
     def norm(published, module):
         return pair(f"{published}.GroupNorm", module)
@@ -57,7 +77,7 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
         yield from video_conv(f"{name}.video_in_layers.2.video_conv", block.video.conv)
         yield from norm(f"{name}.audio_in_layers.0", block.audio.norm)
         yield from pair(f"{name}.audio_in_layers.2.audio_conv", block.audio.conv, (3,))
-        yield from pair(f"{name}.emb_layers.1", net.film, rows=film_rows[block])
+        yield from pair(f"{name}.emb_layers.1", net.film, rows=films[block])
         streams = {"video": (block.video, (1, 1, 1)), "audio": (block.audio, (1,))}
         for stream, (branch, ones) in streams.items():
             yield from norm(f"{name}.{stream}_out_layers.0", branch.film_norm)
@@ -95,10 +115,6 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
                             f"{name}.{number}.{kind}_attention_block", attention
                         )
 
-    film_rows, start = {}, 0
-    for block in net.res_blocks():
-        film_rows[block] = slice(start, start := start + block.film_width)
-
     yield from pair("time_embed.0", net.time[0])
     yield from pair("time_embed.2", net.time[2])
     yield from video_conv("input_blocks.0.0.video_conv.video_conv", net.video_in)
@@ -117,22 +133,33 @@ def entries(net: CoupledUNet) -> Iterator[Entry]:
 
 def to_published(net: CoupledUNet, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The network's weights, or others of its shapes, under published names in published order."""
-    state = net.state_dict() if state is None else state
-    return {
-        entry.published: state[entry.ours][entry.rows].reshape(entry.shape)
-        for entry in entries(net)
-    }
+    return renamed(entries(net), net.state_dict() if state is None else state)
 
 
 def from_published(net: CoupledUNet, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Published weights as a state dict of `net`; raises `OtherWeights` if they are not its own."""
-    published, table = bare(published), list(entries(net))
+    return gathered(entries(net), published, net.state_dict())
+
+
+def renamed(table: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of ours under published names."""
+    return {entry.published: state[entry.ours][entry.rows].reshape(entry.shape) for entry in table}
+
+
+def gathered(
+    table: Iterable[Entry], published: Mapping[str, Tensor], like: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Published weights as a state dict like another; raises `OtherWeights` where they differ."""
+    published, table = bare(published), list(table)
     if found := differences(table, published):
         raise OtherWeights(found)
-    state = {key: value.new_empty(value.shape) for key, value in net.state_dict().items()}
+    if unnamed := like.keys() - {entry.ours for entry in table}:
+        raise OtherWeights(f"{len(unnamed)} of its tensors are in no file, such as {min(unnamed)}")
+    state = {key: value.new_empty(value.shape) for key, value in like.items()}
     for entry in table:
-        target = state[entry.ours][entry.rows]
-        target.copy_(published[entry.published].detach().reshape(target.shape))
+        target = state[entry.ours]
+        value = published[entry.published].detach().reshape(target[entry.rows].shape)
+        target[entry.rows] = value.to(target.dtype)
     return state
 
 

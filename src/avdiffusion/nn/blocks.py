@@ -6,15 +6,18 @@ a temporal, a dilated audio and a pointwise convolution are all two-dimensional 
 none needs a transpose.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
 from torch.utils.checkpoint import checkpoint
 
 from avdiffusion.nn.norm import GroupNorm
@@ -28,6 +31,11 @@ def time_embedding(time: Tensor, width: int) -> Tensor:
     steps = torch.arange(half, device=time.device, dtype=torch.float32)
     angles = time.float()[:, None] * torch.exp(steps * (-math.log(10000) / half))
     return F.pad(torch.cat((angles.cos(), angles.sin()), dim=-1), (0, width % 2))
+
+
+def full_precision(device: str) -> AbstractContextManager:
+    """Context in which automatic mixed precision is off."""
+    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -46,14 +54,26 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class Conv(nn.Conv2d):
-    """Two-dimensional convolution of channels-last [N, H, W, C] with zero "same" padding."""
+    """Two-dimensional convolution of channels-last [N, H, W, C] with zero "same" padding.
 
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], dilation: int = 1):
+    The result is added to a `residual`, if there is one.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: tuple[int, int],
+        dilation: int = 1,
+        *,
+        stride: int = 1,
+    ):
         padding = tuple(dilation * (size // 2) for size in kernel)
-        super().__init__(inputs, outputs, kernel, padding=padding, dilation=dilation)
+        super().__init__(inputs, outputs, kernel, stride, padding, dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return channels_last(super().forward(channels_first(x)))
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = channels_last(super().forward(channels_first(x)))
+        return out if residual is None else out.add_(residual)
 
 
 class Pointwise(nn.Linear):
@@ -72,6 +92,32 @@ class Pointwise(nn.Linear):
         if residual is not None:
             out += channels_first(residual.reshape(images, -1, 1, residual.shape[-1]))
         return channels_last(out).view(*x.shape[:-1], -1)
+
+
+class UpConv(Conv):
+    """A 3x3 convolution of [N, H, W, C] with every pixel repeated as a block of 2x2.
+
+    It is not made of the larger picture: a pixel of such a block sees 2x2 of the original ones, by
+    weights that are added up, which is 4/9 of the work.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, (3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def pair(weight: Tensor) -> Tensor:
+            """Weights of three on the two that the first of a block sees, and the second."""
+            a, b, c = weight.unbind(-1)
+            return torch.stack((torch.stack((a, b + c), -1), torch.stack((a + b, c), -1)))
+
+        n, h, w = x.shape[:3]
+        weight, bias = pair(pair(self.weight).mT).mT.flatten(0, 2), self.bias.repeat(4)
+        found = channels_last(F.conv2d(channels_first(x), weight, bias, padding=1))
+        found = found.unflatten(-1, (2, 2, -1))
+        out = found.new_empty(n, h, 2, w, 2, found.shape[-1])
+        for i, k in itertools.product(range(2), range(2)):
+            out[:, :, i, :, k] = found[:, i : i + h, k : k + w, i, k]
+        return out.view(n, 2 * h, 2 * w, -1)
 
 
 class VideoConv(nn.Module):

@@ -1,13 +1,11 @@
 """The coupled audio-video U-Net of MM-Diffusion (Ruan et al. 2023, https://arxiv.org/abs/2212.09478)."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 
 from avdiffusion.nn.attention import CrossAttention, SelfAttention
 from avdiffusion.nn.blocks import (
@@ -16,12 +14,13 @@ from avdiffusion.nn.blocks import (
     ResBlock,
     VideoConv,
     checkpointed,
+    full_precision,
     time_embedding,
     whole,
     zeroed,
 )
 from avdiffusion.nn.norm import GroupNorm
-from avdiffusion.nn.recompute import chosen
+from avdiffusion.nn.recompute import Plan
 
 
 class Stage(nn.Module):
@@ -102,10 +101,10 @@ class CoupledUNet(nn.Module):
                 f"{len(cross_attention_windows)} cross_attention_windows for "
                 f"{len(cross_attention_resolutions)} cross_attention_resolutions: give one for each"
             )
+        self.takes = [video_channels, audio_channels]
         self.channels, self.audio_rate = channels, audio_rate
         self.levels = len(channel_mult)
-        self.checkpoint, self.shifting = checkpoint, cross_attention_shift
-        self.plans: dict[tuple, set[Stage]] = {}  # what is recomputed, by shapes
+        self.plan, self.shifting = Plan(checkpoint), cross_attention_shift
         windows = dict(zip(cross_attention_resolutions, cross_attention_windows, strict=True))
 
         def res(inputs, outputs, dilation, resample=None):
@@ -243,7 +242,10 @@ class CoupledUNet(nn.Module):
         if shallow:
             down, middle, up = down[:depth], [], up[stages - depth :]
 
-        recomputed = self.recomputed(video, audio) if torch.is_grad_enabled() else ()
+        def again(video, audio, time):
+            return self(video, audio, time=time)
+
+        recomputed = self.plan(self.stages(), again, video, audio, time)
 
         def run(stage, film, shift, video, audio):
             if stage in recomputed:
@@ -270,23 +272,6 @@ class CoupledUNet(nn.Module):
         out = v.to(video.dtype), a.to(audio.dtype).contiguous()
         return out if depth is None or shallow else (*out, *kept)
 
-    def recomputed(self, video: Tensor, audio: Tensor) -> set[Stage]:
-        """The stages that `checkpoint` has computed again in the backward pass of such inputs."""
-        if isinstance(self.checkpoint, bool) or video.is_meta:
-            return set(self.stages()) if self.checkpoint is True else set()
-        case = video.shape, audio.shape, torch.is_autocast_enabled(video.device.type)
-        if case not in self.plans:
-            self.plans[case] = set()
-
-            def dry() -> tuple[Tensor, ...]:
-                clip = (
-                    torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (video, audio)
-                )
-                return self(*clip, time=torch.empty(len(video), device=video.device))
-
-            self.plans[case] = chosen(list(self.stages()), dry, self.checkpoint * 2**30)
-        return self.plans[case]
-
     def check(self, video: Tensor, audio: Tensor, shifts: Tensor | None) -> None:
         """Refuses sizes that the levels do not divide."""
         frames, height, width, samples = *video.shape[2:], audio.shape[2]
@@ -311,11 +296,6 @@ class CoupledUNet(nn.Module):
         blocks = len(self.shift_ranges(frames))
         if shifts is not None and len(shifts) != blocks:
             raise ValueError(f"{len(shifts)} shifts for {blocks} shifting blocks: see shift_ranges")
-
-
-def full_precision(device: str) -> AbstractContextManager:
-    """Context in which automatic mixed precision is off."""
-    return torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext()
 
 
 def ceil(value: int, unit: int) -> int:

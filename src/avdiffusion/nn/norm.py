@@ -15,8 +15,8 @@ class Normalise(torch.autograd.Function):
     """gain (x - mean) / deviation + bias of [B, N, P, C], then scale and shift, then SiLU if asked.
 
     Moments are over N and each group of channels, in float32. Gain and bias are [C]; scale and
-    shift [B, 1, 1, C], or None. The steps are bound by memory: they share one buffer, and only x is
-    kept for the gradient.
+    shift [B or 1, 1, 1, C], or None. The steps are bound by memory: they share one buffer, and only
+    x is kept for the gradient.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ def native(x, gain, bias, scale, shift, groups, eps):
     more than is lost.
     """
     b, n, p, c = x.shape
-    if b == 1:
+    if scale is not None and len(scale) == 1:
         gain, bias = (v.flatten() for v in modulated(gain, bias, scale, shift))
         scale = None
     if p > 1:  # every p with channels of its own, in one normalisation
@@ -133,7 +133,7 @@ def precise(x: Tensor) -> Tensor:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation of [B, N, P, C] over N and the channels of a group, for every p apart.
 
-    `film` [B, 2 C] scales and shifts the result: (1 + scale) norm(x) + shift (FiLM).
+    `film` [B or 1, 2 C] scales and shifts the result: (1 + scale) norm(x) + shift (FiLM).
     """
 
     def __init__(self, channels: int, *, silu: bool = False):

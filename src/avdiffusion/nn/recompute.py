@@ -1,11 +1,45 @@
-"""What of a network to compute a second time in the backward pass, so that its memory suffices."""
+"""The memory of a network's passes, and what to compute a second time so that it suffices."""
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+
+class Plan:
+    """The stages of a network that are computed again in the backward pass, by its inputs.
+
+    `checkpoint`: whether all of them are, or how many GiB may be kept, beyond which some are.
+    """
+
+    def __init__(self, checkpoint: bool | float):
+        self.checkpoint = checkpoint
+        self.known: dict[tuple, set[nn.Module]] = {}
+
+    def __call__(
+        self, stages: Iterable[nn.Module], run: Callable[..., object], *inputs: Tensor
+    ) -> set[nn.Module]:
+        """Those of a forward pass `run(*inputs)` through all `stages`."""
+        if not torch.is_grad_enabled():
+            return set()
+        if isinstance(self.checkpoint, bool) or inputs[0].is_meta:
+            return set(stages) if self.checkpoint is True else set()
+        mixed = torch.is_autocast_enabled(inputs[0].device.type)
+        case = (mixed, *(x.shape for x in inputs))
+        if case not in self.known:
+            self.known[case] = set()
+
+            def dry() -> object:
+                blank = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+                return run(*blank)
+
+            self.known[case] = chosen(list(stages), dry, self.checkpoint * 2**30)
+        return self.known[case]
 
 
 def chosen(stages: Sequence[nn.Module], run: Callable[[], object], budget: float) -> set[nn.Module]:
@@ -65,3 +99,38 @@ def survey(
             for handle in handles:
                 handle.remove()
     return total, freed
+
+
+class Held(TorchDispatchMode):
+    """Context that counts the bytes of what is made in it; `most`: held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        made = operation(*arguments, **(options or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor):
+                self.hold(x.untyped_storage())
+        self.most = max(self.most, self.bytes)
+        return made
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.bytes += size
+            weakref.finalize(storage, self.free, key, size)
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+def most_held(run: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `run` take at once; none of them gets values."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Held() as held:
+        run()
+    return held.most

@@ -6,24 +6,32 @@ python sample.py ckpt=last.ckpt sampler=dpm_solver_2m sampler.steps=15 "save=[mp
 python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" given=CLIPS "known=[audio]"
 python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" seconds=10
 python sample.py ckpt=RUN_FOLDER num=1024 precision=bf16-mixed compile=true reuse.interval=2
+python sample.py "ckpt=[base.ckpt,sr.ckpt]" sr_sampler=dpm_solver_2m sr_sampler.steps=10
+python sample.py ckpt=sr.ckpt given=CLIPS                 # existing clips at a higher resolution
 torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 """
 
 import hashlib
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import distributed
 from tqdm import tqdm
 
 from avdiffusion import checkpoint, memory
 from avdiffusion.data.given import Given
+from avdiffusion.diffusion.noise import key
+from avdiffusion.media import Media
+from avdiffusion.restore import Existing, restore
 from avdiffusion.spread import gathered, share
+from avdiffusion.systems.diffusion import DiffusionSystem, Samples
 from avdiffusion.systems.step import Step
 from avdiffusion.writer import Behind, ClipWriter, Kept
 
@@ -35,24 +43,94 @@ def sample(config: DictConfig) -> None:
     memory.keep_freed()
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    path = checkpoint.find(config.ckpt)
-    chosen = {"sampler": config.sampler, "guide": config.guide}
+    paths = [checkpoint.find(each) for each in listed(config.ckpt)]
+    if not paths:
+        raise ValueError("ckpt=[] names no checkpoint")
+    others = [k for k, v in config.sr_sampler.items() if k != "stored" and v is not None]
+    if others and len(paths) == 1:
+        raise ValueError(
+            f"sr_sampler= is of the second of ckpt=[A,B]: of {paths[0].name} alone it is sampler="
+        )
+    samplers = ["sampler", *["sr_sampler"] * len(paths)]
+    systems = [loaded(config, *each) for each in zip(paths, samplers, strict=False)]
+    step = Step(
+        precision=config.precision,
+        compile=config.compile,
+        capture=config.capture,
+        frames_at_once=config.frames_at_once,
+        **config.reuse,
+    )
+    plain = [path.name for path, each in zip(paths, systems, strict=True) if not takes(each)][1:]
+    if plain:
+        raise ValueError(f"{plain[0]} makes clips of its own: only the first of ckpt=[...] may")
+    if not takes(systems[0]):
+        generate(config, paths, systems, step)
+    elif len(systems) == 1:
+        remake(config, paths[0], systems[0], step)
+    else:
+        raise ValueError(
+            f"{paths[0].name} makes clips of others: it cannot be the first of several"
+        )
+
+
+def listed(ckpt: object) -> list:
+    return list(ckpt) if isinstance(ckpt, ListConfig) else [ckpt]
+
+
+def takes(system: DiffusionSystem) -> bool:
+    """Whether it makes clips of others."""
+    return system.model.conditioner is not None
+
+
+def loaded(config: DictConfig, path: Path, sampler: str) -> DiffusionSystem:
+    """The system of a checkpoint; its guides are of the first alone to be replaced."""
+    chosen = {"sampler": config[sampler]}
+    if sampler == "sampler":
+        chosen["guide"] = config.guide
     device = config.device
     if WORLD > 1 and device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    system = checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
+    return checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
+
+
+def settings(config: DictConfig, paths: list, systems: list, step: Step) -> dict:
+    """What results depend on, whichever of them are made."""
+    first, *others = (
+        {
+            "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+            "sampler": system.config["sampler"],
+            "guides": system.config["guide"],
+        }
+        for path, system in zip(paths, systems, strict=True)
+    )
+    found = {**first, "seed": config.seed, **asked(config), **step.settings()}
+    return {**found, "second_stage": others} if others else found
+
+
+def folder(config: DictConfig, paths: list[Path]) -> Path:
+    """Where results go; the seed's layout has a folder for every checkpoint below `out`."""
+    path, names = paths[0], "_".join(each.stem for each in paths)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = Path(config.out or run / "samples" / f"{names}_{config.tag}")
+    return out / path.stem if config.layout == "seed" else out
+
+
+def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None:
+    """Samples of the first system, which those after it make larger in turn."""
+    system, finer = systems[0], systems[1:]
     trained = system.config["data"].get("train") or {}
     given = parts(config, system)
     num = config.num if config.num is not None else len(given) if given else 16
     index = list(range(num)) if config.index is None else list(config.index)
     if not index or not all(isinstance(i, int) and i >= 0 for i in index):
         raise ValueError(f"num={num} and index={config.index} name no samples: 0, 1, 2, ...")
-    step = Step(
-        precision=config.precision,
-        compile=config.compile,
-        capture=config.capture,
-        **config.reuse,
-    )
+    for each in finer if given else ():
+        modality = each.model.conditioner.modality
+        if any(modality in given.source(i)["whole"] for i in index):
+            raise ValueError(
+                f"the {modality} of given clips is kept as it is: there is nothing for a second "
+                "checkpoint to make. Enlarge them by themselves: ckpt=SR given=DIR"
+            )
     options = {
         "seed": config.seed,
         "given": given,
@@ -62,8 +140,7 @@ def sample(config: DictConfig) -> None:
         "step": step,
     }
     system.samples([], **options)  # what is wrong with them is said before anything is written
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    out = Path(config.out or run / "samples" / f"{path.stem}_{config.tag}")
+    out = folder(config, paths)
     if given and config.given and Path(config.given).resolve() in out.resolve().parents:
         raise ValueError(
             f"out={out} lies in given={config.given}, and would be given the next time"
@@ -74,23 +151,20 @@ def sample(config: DictConfig) -> None:
             out,
             rates=system.rates,
             settings={
-                "checkpoint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-                "sampler": system.config["sampler"],
-                "guides": system.config["guide"],
-                "seed": config.seed,
+                **settings(config, paths, systems, step),
                 "micro_batch": config.micro_batch,
-                **asked(config),
-                **step.settings(),
                 **({"files": given.digest()} if given else {}),
             },
             info={
-                "file": str(path),
+                "file": ", ".join(map(str, paths)),
                 "name": system.config["name"],
                 "threads": torch.get_num_threads(),
                 # what real clips have to be brought to if they are to be compared
                 **{k: trained[k] for k in ("fit", "loudness") if trained.get(k) is not None},
             },
             save=list(config.save),
+            layout=config.layout,
+            stages=len(paths),
             overwrite=config.overwrite,
         )
         missing = writer.missing(index)
@@ -118,9 +192,9 @@ def sample(config: DictConfig) -> None:
         size = config.micro_batch if system.sampler.together else 1
         own = share(missing, size, RANK, WORLD)
         made = system.samples(own, progress=progress, **options)
-        for group, clips, calls in gathered(made, WORLD):
+        for (group, clips, calls), base in gathered(refined(made, finer, config.seed, step), WORLD):
             if writer:
-                add(group, clips, given and [Kept(**given.source(i)) for i in group])
+                add(group, clips, given and [Kept(**given.source(i)) for i in group], base)
             evaluations += [calls] * len(group)
             bar.update(len(group))
     if WORLD > 1:
@@ -130,6 +204,61 @@ def sample(config: DictConfig) -> None:
         log.info(
             "%d samples in %s%s; open %s", len(index), out, cost, writer.finish(title=out.name)
         )
+
+
+def refined(
+    made: Iterator[Samples], systems: Sequence[DiffusionSystem], seed: int, step: Step
+) -> Iterator[tuple[Samples, Media | None]]:
+    """Samples as the systems in turn make them larger, and as they were if there is one."""
+    step = replace(step, interval=1)  # of the first system, whose network keeps deep features
+    for group, base, calls in made:
+        clips = base
+        for stage, system in enumerate(systems, 1):
+            own = key(seed, "stage", stage)  # else it had the numbers that the first began with
+            # One at a time: whatever others are made, a sample stays the same.
+            parts = []
+            for k, i in enumerate(group):
+                source = system.model.conditioner.batch(clips.map(lambda v, k=k: v[k : k + 1]))
+                parts.append(system.conditioned(source, [i], seed=own, step=step))
+            finer = {n: torch.cat([p.clips[n] for p in parts]) for n in parts[0].clips}
+            clips, calls = Media({**clips, **finer}), calls + parts[0].evaluations
+        yield Samples(group, clips, calls), base if systems else None
+
+
+def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) -> None:
+    """What a system makes of existing clips, each as long as it is and with its own sound."""
+    for name in ("num", "index", "known", "fit", "seconds", "overlap"):
+        if config[name] is not None:
+            raise ValueError(f"{path.name} makes a clip of each given one: leave out {name}=")
+    if config.given is None:
+        raise ValueError(
+            f"{path.name} makes clips of others: give them with given=DIR, or the checkpoint of a "
+            'model that makes them, "ckpt=[BASE,' + f'{path.name}]"'
+        )
+    existing = Existing(config.given, folder(config, [path]))
+    missing = []
+    if RANK == 0:
+        chosen = settings(config, [path], [system], step)
+        missing = existing.claim(chosen, overwrite=config.overwrite)
+        if len(missing) < len(existing.files):
+            there = len(existing.files) - len(missing)
+            log.info("%d of %d clips are already in %s", there, len(existing.files), existing.out)
+    if WORLD > 1:
+        distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        shared = [missing]
+        distributed.broadcast_object_list(shared)
+        missing = shared[0]
+    options = {"seed": config.seed, "step": step, "frames": config.frames_at_once or 16}
+    with tqdm(unit="frame", disable=None if not RANK else True) as bar:
+        for i in missing[RANK::WORLD]:
+            bar.set_description(Path(existing.files[i]).name)
+            source = existing.root / existing.files[i]
+            restore(system, source, existing.targets[i], index=i, progress=bar.update, **options)
+    if WORLD > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if RANK == 0:
+        log.info("%d clips in %s", len(existing.files), existing.out)
 
 
 def parts(config: DictConfig, system) -> Given | None:

@@ -6,6 +6,7 @@ python train.py exp=landscape strategy=ddp trainer.devices=8
 python train.py exp=landscape ckpt=auto                  # go on with the unfinished run
 python train.py exp=landscape ckpt=RUN_FOLDER            # a new run from its last checkpoint
 python train.py exp=landscape ckpt=landscape.ckpt        # or from converted weights
+python train.py exp=folder_sr data.root=DIR init.diffusion=RUN_FOLDER   # begins with its weights
 python train.py exp=landscape compile=true               # made for this machine at the first step
 python train.py -m exp=folder data.root=DIR seed=0,1     # a sweep
 """
@@ -53,6 +54,8 @@ def train(config: DictConfig) -> float | None:
         resume = launch.newest(folder)
         log.info("ckpt=auto: %s", f"going on from {resume}" if resume else "a new run")
     elif config.ckpt:
+        if config.init.diffusion:
+            raise ValueError("ckpt= and init.diffusion= both name weights to begin with: give one")
         resume = checkpoint.find(config.ckpt, config.paths.runs)
         # before anything is written
         stored = checkpoint.read(resume, mmap=True)
@@ -61,7 +64,9 @@ def train(config: DictConfig) -> float | None:
                 raise ValueError(
                     f"{resume} holds weights to sample with, but no state to train on from"
                 )
-            begin, resume = stored["state_dict"], None
+            begin, resume = resume, None
+    if config.init.diffusion and resume is None:
+        begin = checkpoint.find(config.init.diffusion, config.paths.runs)
 
     in_place = resume is not None and folder.absolute() in resume.absolute().parents
     if first and run_folder.checkpoints(folder) and not in_place:
@@ -69,8 +74,8 @@ def train(config: DictConfig) -> float | None:
 
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
-    if begin is not None:
-        begin_with(begin, system, config.ckpt)
+    if begin:
+        begin_with(begin, system)
     system.save_hyperparameters(plain)
     callbacks = checkpoint.build(config.callbacks)
     trainer = checkpoint.build(
@@ -119,15 +124,19 @@ def train(config: DictConfig) -> float | None:
     return objective(folder)
 
 
-def begin_with(weights: dict, system: pl.LightningModule, ckpt: str) -> None:
-    """Puts weights from elsewhere where a new run would have drawn its own, and their average."""
-    own = {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+def begin_with(ckpt: Path, system: pl.LightningModule) -> None:
+    """Puts another model's averaged weights where a new run would have drawn its own."""
+    begin, weights = "ema.ema_model.", checkpoint.read(ckpt, mmap=True)["state_dict"]
+    own = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
     try:
         for each in system.modules():
             if isinstance(each, type(system.model)):
                 each.load_state_dict(own)
     except RuntimeError as error:
-        raise ValueError(f"{ckpt} was converted for another model than this config's") from error
+        found = " ".join(str(error).split()[:60])
+        raise ValueError(
+            f"{ckpt} holds the weights of another model than this config's: {found}"
+        ) from error
     log.info("a new run, with the weights of %s", ckpt)
 
 

@@ -73,6 +73,10 @@ def plain(config: DictConfig) -> dict:
 
 def find(ckpt: str | Path, runs: str | Path = "runs") -> Path:
     """The file a path, a run folder, `RUN/best`, or `best` or `last` of the newest run means."""
+    if not isinstance(ckpt, str | Path):
+        raise CheckpointError(
+            f"{ckpt} names no checkpoint, or several, which sample.py alone takes"
+        )
     path = Path(ckpt)
     if path.is_file():
         return path

@@ -1,7 +1,7 @@
 """A network on a Gaussian path: the training loss and the prediction of clean data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ class Diffusion(nn.Module):
     """A network, a path and what the network predicts on it; one code path for every modality.
 
     `net(*tensors, time=[B], **cond)` returns a tensor per modality (a tuple when there are
-    several). With `learned_variance` its channels hold the prediction, then the place of the log
+    several). `conditioner(batch)` makes that `cond` of a batch, if there is a condition. With
+    `learned_variance` the network's channels hold the prediction, then the place of the log
     variance between the small and the large one (Nichol and Dhariwal 2021, equation 15).
     """
 
@@ -39,6 +40,7 @@ class Diffusion(nn.Module):
         weight: Weight | None = None,
         sigma_data: float = 1.0,
         learned_variance: bool = False,
+        conditioner: nn.Module | None = None,
     ):
         super().__init__()
         if target not in TARGETS:
@@ -50,6 +52,7 @@ class Diffusion(nn.Module):
         self.net, self.path, self.target = net, path, target
         self.density, self.weight = density or Uniform(), weight or Constant()
         self.sigma_data, self.learned_variance = sigma_data, learned_variance
+        self.conditioner = conditioner
         for t in (path.t_min, path.t_max):
             with torch.device("cpu"):  # also where networks are built on another, such as meta
                 alpha, sigma = self._levels(torch.tensor(t, dtype=torch.float64))
@@ -58,6 +61,10 @@ class Diffusion(nn.Module):
                     f"target={target!r} does not determine the data at t={t} of "
                     f"{type(path).__name__}: use target=v or flow"
                 )
+
+    def condition(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the network is told besides x and its time; nothing without a conditioner."""
+        return {} if self.conditioner is None else self.conditioner(batch)
 
     def loss(
         self,

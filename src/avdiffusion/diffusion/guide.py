@@ -1,6 +1,6 @@
 """Guides wrap `denoise(x, t) -> Prediction`, so that every sampler has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,15 +17,16 @@ Denoise = Callable[[Media | Tensor, Tensor], Prediction]
 class Task(NamedTuple):
     """What a guide may know of the sampling it takes part in.
 
-    `seeds`: of the system and of the samples. `decode`: from what is diffused to clips. `free`:
-    the prediction under no condition, None where the model has none. `known`: given values of
-    what is diffused, `mask`: True where they are, `noise`: what they are noised with. `call`: of a
-    network, how it is to be called.
+    `seeds`: of the system and of the samples. `decode`: from what is diffused to clips. `cond`:
+    the condition, as the network takes it. `free`: the prediction under none, None where the model
+    knows no such case. `known`: given values of what is diffused, `mask`: True where they are,
+    `noise`: what they are noised with. `call`: of a network, how it is to be called.
     """
 
     path: Path
     seeds: tuple[int, int] = (0, 0)
     decode: Callable[[Media], Media] = lambda x: x
+    cond: Mapping[str, Tensor] | None = None
     free: Denoise | None = None
     known: Media | None = None
     mask: Media | None = None

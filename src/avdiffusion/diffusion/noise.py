@@ -41,7 +41,8 @@ class Noise:
 
     def fork(self, purpose: str) -> "Noise":
         """An independent source for the same samples."""
-        return Noise(self.seed, self.index, f"{self.purpose}/{purpose}", device=self.device)
+        name = f"{self.purpose}/{purpose}"
+        return type(self)(self.seed, self.index, name, device=self.device)
 
     def uniform(self) -> Tensor:
         """One number in (0, 1) per sample, float64 [B], on the CPU."""
@@ -66,3 +67,10 @@ class Noise:
             generator.manual_seed(key(self.seed, index, self.purpose, self.calls, stream))
             row.normal_(generator=generator)
         return sent(out, x.device, x.dtype)
+
+
+class SharedNoise(Noise):
+    """Noise that is the same at every step of the first axis after the channels."""
+
+    def _draw(self, x: Tensor, stream: int) -> Tensor:
+        return super()._draw(x[:, :, :1], stream).expand_as(x)

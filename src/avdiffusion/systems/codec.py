@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
+from avdiffusion.diffusion.noise import Noise, SharedNoise
 from avdiffusion.media import Media
 
 
@@ -21,8 +22,24 @@ class Identity(nn.Module):
     def decode(self, z: Media) -> Media:
         return z
 
+    def noise(self, noise: Noise) -> Noise:
+        """The noise that sampling begins with and adds, given one that is independent."""
+        return noise
 
-class Patches(nn.Module):
+
+class Frames(Identity):
+    """Diffuses frames that the network sees one by one; they share their noise in sampling.
+
+    What a frame's detail looks like is then decided once for all of a clip, and it does not
+    flicker. Parts of a sample that are made one after another share it as well.
+    """
+
+    def noise(self, noise: Noise) -> Noise:
+        index = [i[0] if isinstance(i, tuple) else i for i in noise.index]
+        return SharedNoise(noise.seed, index, noise.purpose, device=noise.device)
+
+
+class Patches(Identity):
     """Folds blocks of neighbouring values into channels: a smaller grid, nothing lost.
 
     `patch`: block size along each axis after the channels, by modality; {"video": [1, 4, 4]} turns

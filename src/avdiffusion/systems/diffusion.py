@@ -1,10 +1,10 @@
 """The Lightning module of every diffusion model here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from importlib.metadata import version
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -96,7 +96,7 @@ class DiffusionSystem(pl.LightningModule):
         x0 = self.encode(batch)
         noise = Noise(self.seed, batch["position"], "train", device=str(self.device))
         t = self.model.density(noise.uniform(), self.model.path)
-        cond = self.shifts("train", self.global_step)
+        cond = self.model.condition(batch) | self.shifts("train", self.global_step)
         losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
         loss = self.total({name: value.mean() for name, value in losses.items()})
         # A loss that is not finite has no finite gradient on any device.
@@ -105,13 +105,13 @@ class DiffusionSystem(pl.LightningModule):
 
     def validation_step(self, batch: dict, _: int) -> None:
         """The averaged model's loss at fixed times and noises: comparable from step to step."""
-        x0, path = self.encode(batch), self.model.path
-        index, times = batch["index"].tolist(), []
+        x0, path, model = self.encode(batch), self.model.path, self.ema.ema_model
+        index, times, told = batch["index"].tolist(), [], model.condition(batch)
         for k in range(self.val_times):
             t = path.t_min + (path.t_max - path.t_min) * (k + 0.5) / self.val_times
             t = torch.full((len(index),), t, dtype=torch.float64)
             noise = Noise(self.seed, index, f"val/{k}", device=str(self.device)).like(x0)
-            times.append(self.ema.ema_model.loss(x0, self.shifts("val", k), t=t, noise=noise))
+            times.append(model.loss(x0, told | self.shifts("val", k), t=t, noise=noise))
             for name, value in times[-1].items():
                 name = f"val/loss_{name}_t{k}"
                 self.log(name, value.mean(), batch_size=len(index), logger=False, sync_dist=True)
@@ -148,10 +148,13 @@ class DiffusionSystem(pl.LightningModule):
         with torch.no_grad():
             return self.codec.encode(Media({name: _unit(batch[name]) for name in self.shapes}))
 
-    def latent(self, count: int) -> Media:
-        """An empty batch in the shapes that are diffused."""
-        clip = {k: torch.empty(count, *shape, device="meta") for k, shape in self.shapes.items()}
-        return self.codec.encode(Media(clip)).map(lambda v: torch.empty_like(v, device=self.device))
+    def latent(self, count: int, shapes: Mapping[str, Sequence[int]] | None = None) -> Media:
+        """An empty batch in the shapes that are diffused: of the system's clips, or of others."""
+        clip = self._empty(count, self.shapes if shapes is None else shapes)
+        return self.codec.encode(clip).map(lambda v: torch.empty_like(v, device=self.device))
+
+    def _empty(self, count: int, shapes: Mapping[str, Sequence[int]]) -> Media:
+        return Media({k: torch.empty(count, *n, device="meta") for k, n in shapes.items()})
 
     def shifts(self, *moment: object, seed: int | None = None) -> dict[str, Tensor]:
         """Condition entry with one window shift per cross-modal block, a function of `moment`.
@@ -240,10 +243,11 @@ class DiffusionSystem(pl.LightningModule):
     def denoise(self, task: Task) -> Denoise:
         """The averaged model's prediction, with the window shifts of the task's seeds at each t."""
         model, (root, seed) = self.ema.ema_model.eval(), task.seeds
-        net = task.call(model.net)
+        net, told = task.call(model.net), dict(task.cond or {})
 
         def predict(x: Media, t: Tensor) -> Prediction:
-            return model.predict(x, t, self.shifts("sample", seed, float(t), seed=root), net)
+            cond = told | self.shifts("sample", seed, float(t), seed=root)
+            return model.predict(x, t, cond, net)
 
         return predict
 
@@ -276,6 +280,11 @@ class DiffusionSystem(pl.LightningModule):
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
+        if self.model.conditioner is not None:
+            raise ValueError(
+                f"this model makes clips of others, of {self.model.conditioner.takes}: it has to "
+                "be given them (given=DIR), or another checkpoint that makes them (ckpt=[A,B])"
+            )
         guides = self.guides if guides is None else guides
         if given is not None and seconds is not None:
             raise ValueError(
@@ -310,6 +319,37 @@ class DiffusionSystem(pl.LightningModule):
         draw = partial(self._window, task, sampler, guides, not plain, progress)
         # An int of another type would be another key of the noise.
         return self._samples([int(i) for i in index], size, clip, draw)
+
+    @torch.no_grad()  # not inference_mode: gradient guides enable gradients inside
+    def conditioned(
+        self,
+        batch: Mapping[str, Any],
+        index: Sequence[int],
+        *,
+        seed: int = 0,
+        start: int = 0,
+        sampler: Sampler | None = None,
+        guides: Sequence[Guide] | None = None,
+        step: Step | None = None,
+        progress: Callable[[], object] | None = None,
+    ) -> Samples:
+        """What is made of a batch of the conditioner's, which sets its size and length.
+
+        Row k becomes sample `index[k]` of the seed, in about [-1, 1] on the CPU. A sample may be
+        made in parts: each then has a `start` of its own, the first 0.
+        """
+        model = self.ema.ema_model.eval()
+        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        cond = model.condition(batch)
+        call = step or Step(capture=False)
+        task = self.task._replace(seeds=(self.seed, seed), cond=cond, call=call)
+        keys = [(int(i), start) if start else int(i) for i in index]
+        values = self._empty(len(keys), model.conditioner.shapes(batch, self.shapes))
+        guides = self.guides if guides is None else guides
+        made, _, calls = self._window(
+            task, sampler or self.sampler, guides, False, progress, keys, values, None
+        )
+        return Samples(list(index), made, calls)
 
     def _guided(
         self, guides: Sequence[Guide], task: Task, denoise: Denoise | None = None
@@ -357,14 +397,15 @@ class DiffusionSystem(pl.LightningModule):
         progress: Callable[[], object] | None,
         index: list,
         values: Media,
-        mask: Media,
+        mask: Media | None,
     ) -> tuple[Media, Media, int]:
-        """One batch of the model's own length; `known` says whether values and mask matter.
+        """One batch shaped like `values`; `known` says whether what they and the mask hold matters.
 
         Also what the model by itself made of it at last, and how often it was asked.
         """
-        noise = Noise(task.seeds[1], index, "sample")
-        start = noise.fork("start").like(self.latent(len(index)))
+        noise = self.codec.noise(Noise(task.seeds[1], index, "sample"))
+        shapes = {name: value.shape[1:] for name, value in values.items()}
+        start = noise.fork("start").like(self.latent(len(index), shapes))
         path = self.model.path
         if known:
             task = task._replace(

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from avdiffusion import memory
 from avdiffusion.compiled import MODES, compiled
 
 PRECISIONS = ("32-true", "bf16-mixed")
+FRAMES = 64  # more keep no device busier
 
 Call = Callable[..., Any]
 
@@ -29,6 +31,9 @@ class Step:
     the encoder's first `depth` stages and the decoder's that belong to them get what the last
     whole call had computed below (DeepCache, Ma et al. 2023, there 1:N). The count begins anew
     with every function, so that a sample never depends on another.
+
+    A network that sees every frame by itself (`framewise`) is given `frames_at_once`: by default as
+    many as half of the memory holds that is free at the first call, at most FRAMES.
     """
 
     precision: str = "32-true"
@@ -36,8 +41,10 @@ class Step:
     capture: bool | None = None
     interval: int = 1
     depth: int = 2
+    frames_at_once: int | None = None
     made: dict[nn.Module, Call] = field(default_factory=dict, init=False, repr=False)
     halves: dict[nn.Module, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    fitting: dict[tuple, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -46,6 +53,8 @@ class Step:
             raise ValueError(f"compile={self.compile} is not true, false or {', '.join(MODES)}")
         if self.capture and MODES.get(self.compile):
             raise ValueError(f"compile={self.compile} captures by itself: leave out capture=true")
+        if self.frames_at_once is not None and self.frames_at_once < 1:
+            raise ValueError(f"frames_at_once={self.frames_at_once} is below 1")
         if self.interval < 1 or self.depth < 0:
             raise ValueError(
                 f"reuse.interval={self.interval}, reuse.depth={self.depth}: 1 or more, 0 or more"
@@ -65,7 +74,8 @@ class Step:
             self.made[net] = self._make(net)
         for name, half in self.halves[net].items():  # in place, where a graph reads them
             half.copy_(net.get_parameter(name).detach())
-        return self.made[net] if self.interval == 1 else self._reusing(self.made[net])
+        call = self.made[net] if self.interval == 1 else self._reusing(self.made[net])
+        return partial(self._by_frames, net, call) if getattr(net, "framewise", False) else call
 
     def settings(self) -> dict[str, object]:
         """What a sample depends on; a graph replays the kernels that it was captured from."""
@@ -101,6 +111,24 @@ class Step:
         capture = kind == "cuda" and not own_graphs if self.capture is None else self.capture
         return Captured(call, cuda_graph) if capture else call
 
+    def _by_frames(
+        self, net: nn.Module, call: Call, x: Tensor, *, time: Tensor, **cond: Tensor
+    ) -> Tensor:
+        """The network's answer for [B, C, T, ...], of so many frames at a time."""
+        case = net, x.shape[3:]
+        if self.frames_at_once is None and case not in self.fitting:
+            room = memory.room(net.frame_bytes(*x.shape[3:]), x.device)
+            self.fitting[case] = max(1, min(room, FRAMES))
+        size = self.frames_at_once or self.fitting[case]
+        batch = {name: v.transpose(1, 2).flatten(0, 1) for name, v in cond.items()}
+        batch["time"] = time.repeat_interleave(x.shape[2])
+        rows = x.transpose(1, 2).flatten(0, 1)
+        made = [
+            call(rows[part], **{name: v[part] for name, v in batch.items()})
+            for part in _slices(len(rows), size)
+        ]
+        return torch.cat(made).unflatten(0, (len(x), -1)).transpose(1, 2)
+
     def _reusing(self, call: Call) -> Call:
         count, kept = 0, ()
 
@@ -114,6 +142,10 @@ class Step:
             return out
 
         return reusing
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]
 
 
 def _with(net: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,106 @@
+"""What a model makes of existing clips of any size and length, file by file and part by part."""
+
+import json
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from avdiffusion.data.given import entries_of
+from avdiffusion.io import MediaError
+from avdiffusion.media import Media
+from avdiffusion.stream import CONTAINERS, place, rewrite
+from avdiffusion.systems.diffusion import DiffusionSystem
+from avdiffusion.writer import pixels, write_whole
+
+RECORD = "restored.json"
+
+
+class Existing:
+    """The clips at `path`, a file or a folder with all below it, and where in `out` each goes.
+
+    `files` are names below `root`, in order; `targets` have the same names but for their suffix,
+    so that both can be compared.
+    """
+
+    def __init__(self, path: str | Path, out: str | Path):
+        entries, self.ignored = entries_of(Path(path).expanduser())
+        self.root, self.out = entries[0][0], Path(out)
+        bad = {entry.path: entry.problem(["video"], 0) for _, entry in entries}
+        bad = [MediaError(reason, str(self.root / name)) for name, reason in bad.items() if reason]
+        if bad:
+            more = f"; {len(bad) - 1} more of {len(entries)} files" if len(bad) > 1 else ""
+            raise ValueError(f"{bad[0]}{more}: take them out of {path}, or give a single file")
+        self.files = [entry.path for _, entry in entries]
+        self.targets = [place(self.root / name, self.out / name) for name in self.files]
+        for stem, names in groupby(sorted(self.targets), lambda file: file.with_suffix("")):
+            if len(list(names)) > 1:
+                raise ValueError(f"{path} holds several clips named {stem.name}: give them apart")
+        sources = {(self.root / name).resolve() for name in self.files}
+        here, results = self.root.resolve(), self.out.resolve()
+        within = Path(path).expanduser().is_dir() and here in (results, *results.parents)
+        if within or any(target.resolve() in sources for target in self.targets):
+            raise ValueError(f"out={out} is where the clips are: results need another folder")
+
+    def claim(self, settings: Mapping[str, object], *, overwrite: bool) -> list[int]:
+        """The numbers of clips still to be made, in a folder for results of these settings alone.
+
+        One with others' is refused, unless `overwrite`, which removes all that are there.
+        """
+        record, made = self.out / RECORD, [file for file in self.targets if file.is_file()]
+        settings = json.loads(json.dumps(dict(settings), default=str))
+        if overwrite:
+            for file in made:
+                file.unlink()
+        elif not record.is_file():
+            if made:
+                self._refuse(f"unknown settings ({RECORD} is missing)")
+        elif (before := json.loads(record.read_text())) != settings and self._holds_clips():
+            name = next(k for k in {**before, **settings} if before.get(k) != settings.get(k))
+            self._refuse(
+                f"other settings ({name}: {before.get(name)} there, {settings.get(name)} here)"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(record, (json.dumps(settings, indent=1) + "\n").encode())
+        return [i for i, target in enumerate(self.targets) if not target.is_file()]
+
+    def _holds_clips(self):
+        """Whether an earlier run came to anything, whichever clips it was given."""
+        files = (file for file in self.out.rglob("*") if not file.name.startswith("."))
+        return any(file.suffix in CONTAINERS for file in files)
+
+    def _refuse(self, what):
+        raise ValueError(
+            f"{self.out} already holds clips of {what}: choose another folder with out=, or "
+            "overwrite=true to replace them"
+        )
+
+
+def restore(
+    system: DiffusionSystem,
+    source: Path,
+    target: Path,
+    *,
+    index: int,
+    frames: int = 16,
+    progress: Callable[[int], object] | None = None,
+    **options: object,
+) -> None:
+    """Writes `source` with the picture that a conditioned system makes of it, as sample `index`.
+
+    It is given `frames` at a time; `options` are those of `DiffusionSystem.conditioned`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    start = 0
+
+    def change(video: np.ndarray) -> np.ndarray:
+        nonlocal start
+        clip = Media(video=torch.from_numpy(video)[None].float() / 127.5 - 1)
+        batch = system.model.conditioner.batch(clip)
+        made = system.conditioned(batch, [index], start=start, **options)
+        start += video.shape[1]
+        return pixels(made.clips["video"][0])
+
+    rewrite(source, target, change, frames=frames, progress=progress)

@@ -31,6 +31,7 @@ from avdiffusion.data.index import cache_folder
 from avdiffusion.evaluation import report, run
 from avdiffusion.evaluation.form import Form, form_of
 from avdiffusion.evaluation.sets import ClipSet, Files, Items, Sampled
+from avdiffusion.layout import FOLDERS
 from avdiffusion.metrics.metric import Metric
 from avdiffusion.metrics.power import NEEDED
 from avdiffusion.systems.diffusion import DiffusionSystem
@@ -58,6 +59,7 @@ def evaluate(config: DictConfig) -> None:
         path = checkpoint.find(config.ckpt)
         chosen = {"sampler": config.sampler, "guide": config.guide}
         system = checkpoint.load(path, trust=config.trust, device=config.device, replace=chosen)
+        refuse_conditioned(config.ckpt, system)
     metrics = {name: checkpoint.build(node) for name, node in config.metrics.items()}
     if not metrics:
         raise ValueError('metrics=[] leaves nothing to measure: name some, "metrics=[fvd,sync]"')
@@ -102,6 +104,16 @@ def evaluate(config: DictConfig) -> None:
     log.info("%s\n\nopen %s", summary(groups), page)
 
 
+def refuse_conditioned(ckpt: str, system: DiffusionSystem) -> None:
+    """Raises ValueError for a model that makes its samples of clips, which have to be given."""
+    if system.model.conditioner is not None:
+        raise ValueError(
+            f"{ckpt} makes clips of others, and is judged by what it makes of them: "
+            f"python sample.py ckpt={ckpt} given=CLIPS out=OUT, then python evaluate.py "
+            'samples=OUT target=ORIGINALS "metrics=[restoration,lpips]"'
+        )
+
+
 def form_asked(config: DictConfig, system: DiffusionSystem | None) -> Form:
     """What all clips are brought to: what is set, else the model's own, else the first sample's."""
     asked = {k: v for k, v in checkpoint.plain(config.form).items() if v is not None}
@@ -121,7 +133,8 @@ def form_asked(config: DictConfig, system: DiffusionSystem | None) -> Form:
     root = Path(config.samples).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"samples={root} is no folder of clips")
-    known = Form(**{**recorded(root / "samples.json"), **asked})
+    record = root.parent if root.name in FOLDERS else root  # of the seed's layout
+    known = Form(**{**recorded(record / "samples.json"), **asked})
     return form_of(root, known, cache=config.cache)
 
 

@@ -130,6 +130,27 @@ def test_page_shows_scores_and_settings():
         assert text in html
 
 
+def test_page_shows_scores_beside_a_baseline():
+    nan = float("nan")
+    scores = score_rows(
+        {"psnr": 20.0, "flicker_error": nan, "flicker": 2.0, "other": 1.0},
+        {"flicker": 3.0},
+        {"psnr": 25.0, "flicker_error": nan, "flicker": 1.0, "missing": 1.0},
+    )
+    assert scores == {
+        "psnr": {"generated": 20.0, "baseline": 25.0},
+        "flicker": {"generated": 2.0, "baseline": 1.0, "real": 3.0},
+    }
+    html = page(scores=scores)
+    assert re.findall("<th scope=col>(\\w+)", html) == ["generated", "baseline", "real"]
+    row = html.partition("PSNR in dB")[2].partition("<tr>")[0]
+    assert re.findall(r"<td>(.+?)<i style=\"width:(\d+)%", row) == [
+        ("20.000", "80"),
+        ("25.000", "100"),
+        ("–", "0"),
+    ]
+
+
 def test_page_stays_below_its_limit():
     whole = page(4)
     html = page(4, limit=len(whole) // 2)

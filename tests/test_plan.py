@@ -54,6 +54,47 @@ def test_operations_are_those_of_the_layers():
     assert both == 2 * expected  # no gradient for what goes in
 
 
+def test_the_plan_of_super_resolution(capsys, tmp_path, monkeypatch):
+    """Which has no sound, and is told of a smaller picture."""
+    monkeypatch.chdir(tmp_path)
+    small = ["exp=pouring_sr_cpu", "data.size=[16,16]", "data.batch_size=2"]
+    small += ["model.diffusion.net.channels=8", "model.diffusion.net.attention_resolutions=[]"]
+    plan.main(small)
+    text = capsys.readouterr().out
+    assert re.search(r"network +[\d.]+ M parameters; a clip takes [\d.]+ GFLOP forward", text)
+    assert "s a step of 2 clips" in text
+
+    config = checkpoint.compose([*small, "paths.run=.", "data.root=."])
+    clips = plan.Trial(config, CPU).clips(3)
+    assert clips["low_res"].shape == (3, 3, 1, 4, 4)
+    assert clips["low_res"].abs().max() <= 1
+    assert clips["video"].shape == (3, 3, 1, 16, 16)
+    peaks = iter([0, 2**30])
+    monkeypatch.setattr(plan, "free", lambda device: 1)
+    monkeypatch.setattr(plan, "peak", lambda device: next(peaks))
+    with pytest.raises(SystemExit, match=r"over 1\), 1 frames of 16x16, precision 32-true"):
+        plan.main(small)
+
+
+def test_operations_of_a_conditioned_network_are_those_of_its_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv3d(6, 6, 1)
+
+        def forward(self, video, *, time, concat):
+            return self.layer(torch.cat((video, concat), 1))
+
+    config = checkpoint.compose(["exp=pouring_sr_cpu", "data.root=.", "paths.run=."])
+    system = checkpoint.build(config.model)
+    system.model.net = Net()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "build", lambda _: system)
+        forward, both = plan.flops(config)
+    assert forward == 2 * 6 * 6 * 64 * 64
+    assert both == 2 * forward
+
+
 def test_a_step_trains_and_its_parts_are_its_time():
     config = checkpoint.compose(TINY)
     trial = plan.Trial(config, CPU)

@@ -12,8 +12,22 @@ LIMIT = 48 * 2**20  # bytes of clips and pictures in one page; browsers handle m
 LABELS = {
     "avcorr": "AVCorr: motion against sound onsets",
     "toy_f1": "F1: clicks heard against impacts seen",
+    "psnr": "PSNR in dB",
+    "psnr_pooled": "PSNR of each clip as a whole, in dB",
+    "psnr_identical": "identical frames, share",
+    "ssim": "SSIM",
+    "lpips": "LPIPS (lower is better)",
+    "flicker": "change from frame to frame, of 255",
+    "flicker_error": "flicker error, of 255 (lower is better)",
 }
-COLUMNS = ("generated", "mismatched", "real")
+COLUMNS = {  # of scores, with what has to be said of them
+    "generated": "",
+    "baseline": "baseline: what was given, without the model",
+    "mismatched": (
+        "mismatched: the same pictures beside the sound of other clips, the level of chance"
+    ),
+    "real": "",
+}
 
 
 class Entry(NamedTuple):
@@ -26,19 +40,27 @@ class Entry(NamedTuple):
 
 
 def score_rows(
-    generated: Mapping[str, float], real: Mapping[str, float] | None = None
+    generated: Mapping[str, float],
+    real: Mapping[str, float] | None = None,
+    baseline: Mapping[str, float] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Scores with a level of chance (`x` beside `x_mismatched`) as rows of COLUMNS.
+    """Scores with a level of chance (`x` beside `x_mismatched`) or a baseline as rows of COLUMNS.
 
-    `generated` and `real` are what metrics such as `metrics.sync.Sync` say of each set.
+    All three are what metrics such as `metrics.sync.Sync` say of each set.
     """
-    rows = {}
-    for key in generated:
-        if f"{key}_mismatched" in generated:
-            rows[key] = {"generated": generated[key], "mismatched": generated[f"{key}_mismatched"]}
-            if real and key in real:
-                rows[key]["real"] = real[key]
-    return rows
+    end, baseline = "_mismatched", baseline or {}
+    chance = {k.removesuffix(end): v for k, v in generated.items() if k.endswith(end)}
+    sides = {"generated": generated, "baseline": baseline, "mismatched": chance, "real": real or {}}
+    return {
+        key: {name: side[key] for name, side in sides.items() if key in side}
+        for key in generated
+        if key in chance or not _missing(baseline.get(key))
+    }
+
+
+def columns(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Those of COLUMNS that any row has, in their order."""
+    return [name for name in COLUMNS if any(name in row for row in rows.values())]
 
 
 def player(clip: bytes | Path, attributes: str = "controls") -> str:
@@ -105,7 +127,7 @@ def gallery_html(
 ) -> str:
     """A page of looping players, each with its caption and its strip, over settings and scores.
 
-    `scores`: row to {generated, mismatched, real}, see `score_rows`. Once the media would exceed
+    `scores`: row to numbers of COLUMNS, see `score_rows`. Once the media would exceed
     `limit` bytes the remaining clips are counted instead of shown.
     """
     cards = fitting(map(_card, entries), limit)
@@ -137,12 +159,13 @@ def _media(clip):
 def _scores(scores):
     if not scores:
         return ""
-    head = "".join(f"<th scope=col>{c}" for c in COLUMNS)
-    body = ""
+    shown, body = columns(scores), ""
+    head = "".join(f"<th scope=col>{c}" for c in shown)
     for key, row in scores.items():
-        cells = "".join(f"<td>{_number(row.get(c))}{_bar(row.get(c))}" for c in COLUMNS)
+        whole = max([1, *(value for value in row.values() if not _missing(value))])  # of bars
+        cells = "".join(f"<td>{_number(row.get(c))}{_bar(row.get(c), whole)}" for c in shown)
         body += f"<tr><th scope=row>{escape(LABELS.get(key, key))}{cells}"
-    note = "mismatched: the same pictures beside the sound of other clips, the level of chance"
+    note = "; ".join(COLUMNS[c] for c in shown if COLUMNS[c])
     return f"<table class=scores><caption>{note}</caption><tr><td>{head}{body}</table>"
 
 
@@ -155,11 +178,15 @@ def _plain(value):
 
 
 def _number(value):
-    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
+    return "–" if _missing(value) else f"{value:.3f}"
 
 
-def _bar(value):
-    share = 0 if value is None or math.isnan(value) else min(max(value, 0), 1)
+def _missing(value):
+    return value is None or math.isnan(value)
+
+
+def _bar(value, whole):
+    share = 0 if _missing(value) else min(max(value / whole, 0), 1)
     return f'<i style="width:{100 * share:.0f}%"></i>'
 
 

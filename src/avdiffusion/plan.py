@@ -52,13 +52,17 @@ class Trial:
         compile_in_place(self.system.model.net, config["compile"], device.type)
 
     def clips(self, count: int) -> dict:
-        """A batch of noise as a dataset of clips delivers it: uint8 frames, int16 sound."""
+        """A batch of noise as a dataset has it: uint8 frames, int16 sound, a float condition."""
         generator, batch = torch.Generator().manual_seed(0), {}
         for name, shape in self.system.shapes.items():
             low, high, dtype = (0, 256, torch.uint8) if len(shape) > 2 else (-(2**15), 2**15, None)
             value = torch.randint(low, high, (count, *shape), generator=generator)
             value = value.to(dtype or torch.int16)
-            batch[name] = value.pin_memory() if self.device.type == "cuda" else value
+            batch[name] = value
+        for name, shape in taken(self.system).items():
+            batch[name] = torch.rand(count, *shape, generator=generator) * 2 - 1
+        if self.device.type == "cuda":
+            batch = {name: value.pin_memory() for name, value in batch.items()}
         return {**batch, "position": list(range(count))}
 
     def step(self, batches: Sequence[dict]) -> dict[str, float]:
@@ -92,9 +96,10 @@ class Trial:
         system, t = self.system, torch.tensor(0.5, dtype=torch.float64)
         x = system.latent(count).map(torch.zeros_like)
         model = system.ema.ema_model.eval()
+        cond = model.condition({k: self._moved(v) for k, v in self.clips(count).items()})
         with torch.no_grad():
             start = self._mark()
-            model.predict(x, t, system.shifts("sample", 0, 0.5))
+            model.predict(x, t, cond | system.shifts("sample", 0, 0.5))
             end = self._mark()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -116,6 +121,12 @@ class Trial:
         return event
 
 
+def taken(system: DiffusionSystem) -> dict[str, list[int]]:
+    """The shapes of what a batch has besides what is made of it."""
+    conditioner = system.model.conditioner
+    return {} if conditioner is None else conditioner.taken(system.shapes)
+
+
 def seconds(start: Any, end: Any) -> float:
     """Between two marks, of the host's clock or of the device's."""
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
@@ -131,10 +142,11 @@ def flops(config: Mapping[str, Any]) -> tuple[int, int]:
     with torch.device("meta"):
         system = checkpoint.build(config["model"]).to("meta")
         net, x = system.model.net, system.latent(1)
-        counts = []
+        batch = {name: torch.empty(1, *shape) for name, shape in taken(system).items()}
+        cond, counts = system.model.condition(batch), []
         for train in (False, True):
             with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-                out = net(*x.values(), time=torch.zeros(1))
+                out = net(*x.values(), time=torch.zeros(1), **cond)
                 if train:
                     sum(each.sum() for each in out).backward()
             counts.append(counter.get_total_flops())

@@ -18,11 +18,14 @@ from avdiffusion import io
 from avdiffusion.callbacks.evolution import sampled_steps, thinned
 from avdiffusion.callbacks.loggers import Csv, TensorBoard
 from avdiffusion.callbacks.publish import BUDGET, players
-from avdiffusion.callbacks.samples import SampleClips, _arrays
+from avdiffusion.callbacks.samples import SampleClips
+from avdiffusion.callbacks.scores import arrays
 from avdiffusion.callbacks.wandb_run import wandb_logger
 from avdiffusion.gallery import Entry
 from avdiffusion.metrics.distance import Kernel
+from avdiffusion.metrics.mean import Mean
 from avdiffusion.metrics.metric import Figure
+from avdiffusion.metrics.quality import Restoration
 from avdiffusion.metrics.sync import Sync, ToyF1
 
 av = pytest.importorskip("av")
@@ -74,6 +77,7 @@ def test_clips_scalars_and_summary(tmp_path, caplog):
     assert float(trainer.callback_metrics["sample/toy_f1"]) > 0.8
 
     told = caplog.messages[-1]
+    assert told.startswith("10 clips with sound: ")
     assert str(tmp_path / "samples" / "final" / "gallery.html") in told
     assert re.search(r"AVCorr.* 0\.\d{3} +-?0\.\d{3} +0\.\d{3}", told)
     assert max(map(len, told.splitlines()[1:])) < 100
@@ -147,7 +151,7 @@ def test_metrics_of_reports_share_what_an_extractor_finds(tmp_path):
 def test_integers_of_a_dataset_are_pixels_and_16_bit_samples():
     video = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 4, 4)
     audio = torch.tensor([[[-32768, -1, 0, 16384]]], dtype=torch.int16)
-    found = _arrays({"video": video, "audio": audio})
+    found = arrays({"video": video, "audio": audio})
     assert (found["video"] == video.numpy()).all()
     assert found["audio"].tolist() == [[[-1.0, -(2.0**-15), 0.0, 0.5]]]
 
@@ -165,6 +169,18 @@ def test_a_metric_that_fails_costs_one_warning(tmp_path, caplog, error):
     (told,) = [m for m in caplog.messages if "broken" in m]
     assert "val_metrics.broken failed (training goes on)" in told
     assert "no such thing" in told
+
+
+def test_what_compares_with_a_target_has_none_here(tmp_path, caplog):
+    metrics = {"restoration": Mean(Restoration()), "toy_f1": ToyF1()}
+    with caplog.at_level(logging.WARNING, "avdiffusion"):
+        trainer, _ = fit(clips(tmp_path, metrics=metrics), steps=4)
+    (told,) = caplog.messages
+    assert told.startswith(
+        "val_metrics.restoration failed (training goes on): Restoration compares"
+    )
+    assert told.endswith("leave it out, or use evaluate.py target=DIR")
+    assert {"sample/toy_f1", "sample/toy_f1_real"} <= trainer.callback_metrics.keys()
 
 
 @pytest.mark.parametrize("place", ["write_mp4", "write_wav", "mkdir"])

@@ -164,13 +164,16 @@ def test_a_killed_evaluation_goes_on(project, folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def ckpt(project):
+    return write_checkpoint(project.folder / "runs" / "small.ckpt", TOY)
+
+
+def write_checkpoint(path, words):
     torch.manual_seed(0)
-    config = checkpoint.plain(checkpoint.compose(TOY))
+    config = checkpoint.plain(checkpoint.compose(words))
     system = checkpoint.build(config["model"])
     content = {"state_dict": system.state_dict(), "hyper_parameters": config}
     system.on_save_checkpoint(content)
-    path = project.folder / "runs" / "small.ckpt"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     torch.save(content, path)
     return path
 
@@ -246,6 +249,33 @@ def test_samples_are_compared_with_the_stretch_of_their_target(project, folders,
     found = values(report)
     assert found["psnr"] > 25  # codecs apart they are the same
     assert found["ssim"] > 0.8
+
+
+def test_a_model_that_makes_clips_of_others_is_judged_by_what_it_makes(project, tmp_path):
+    """The line that refuses it names two commands, and they work."""
+    words = ["exp=pouring_sr_cpu", "data.root=clips", "data.size=[32,32]", "paths.run=run"]
+    words += ["model.diffusion.net.channels=8", "model.diffusion.net.channel_mult=[1,2]"]
+    ckpt = write_checkpoint(tmp_path / "sr.ckpt", [*words, "sampler.steps=1"])
+    for name, size in (("small", 16), ("large", 64)):
+        path = tmp_path / name / "sub" / "one.mp4"
+        path.parent.mkdir(parents=True)
+        video = np.full((3, 8, size, size), 60, np.uint8)
+        video[:, :, size // 4 :] = 180
+        io.write_mp4(path, video, None, fps=10)
+    refused = project(f"python evaluate.py ckpt={ckpt}")
+    assert refused.status == 1
+    assert f"{ckpt} makes clips of others" in refused.error
+    advice = refused.error.strip()
+    assert "\n" not in advice
+    for word, name in (("CLIPS", "small"), ("OUT", "made"), ("ORIGINALS", "large")):
+        advice = advice.replace(f"={word}", f"={tmp_path}/{name}")
+    sample, evaluate = advice[advice.index("python sample.py") :].split(", then ")
+    made = project(sample)
+    assert made.status == 0, made.err
+    done = project(f"{evaluate} resamples=0 out={tmp_path}/report".replace(",lpips", ""))
+    assert done.status == 0, done.err
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert 5 < values(report)["psnr"] < 50
 
 
 def test_real_clips_may_lack_what_no_metric_looks_at(project, folders, tmp_path):

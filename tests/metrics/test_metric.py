@@ -105,13 +105,29 @@ def test_a_metric_without_figures_says_so():
         metric.compute()
 
 
-def test_metrics_against_a_target_are_for_reports_alone():
+def test_metrics_against_a_target_are_told_of_it():
+    rng = np.random.default_rng(0)
+    made, target = ({"video": rng.integers(0, 256, (5, 3, 2, 12, 12), np.uint8)} for _ in range(2))
+    each = Restoration()(made, RATES, target)
+    expected = {name: pytest.approx(values.mean()) for name, values in each.items()}
     metric = Mean(Restoration())
-    told = r"Restoration compares with a target: it is for evaluate.py target=DIR alone"
+    assert metric(made, RATES, targets=target) == expected
+    assert metric.values(Findings(made, RATES, target)(metric)) == expected
+    for rows in (slice(0, 3), slice(3, 5)):
+        ours, theirs = ({"video": x["video"][rows]} for x in (made, target))
+        metric.update(ours, RATES, targets=theirs)
+    assert metric.compute() == expected
+
+
+def test_metrics_against_a_target_are_not_without():
+    metric = Mean(Restoration())
+    told = "Restoration compares each clip with the one it should be.*evaluate.py target=DIR"
     with pytest.raises(ValueError, match=told):
         metric(clips(3, 0), RATES)
     with pytest.raises(ValueError, match=told):
         metric.update(clips(3, 0), RATES)
+    with pytest.raises(ValueError, match=told):
+        Findings(clips(3, 0), RATES)(metric)
 
 
 def test_an_extractor_is_asked_once_of_the_same_clips():

@@ -68,8 +68,9 @@ def _wandb(logger, entries, pictures, step):
     if logger.gone:
         return
     sent, left = {}, BUDGET
+    most = 4 * BUDGET // (5 * max(len(pictures), 2))
     for name, picture in pictures.items():
-        picture, size = _within(picture, 2 * BUDGET // 5)
+        picture, size = _within(picture, most)
         sent[f"sample/{name}"], left = wandb.Image(picture, file_type="png"), left - size
     if any(entry.clip is not None for entry in entries):
         sent["sample/clips"] = wandb.Html(players(entries, left), inject=False)

@@ -1,11 +1,10 @@
 """Clips of the averaged model while it trains, on disk and in the loggers."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
@@ -13,22 +12,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avdiffusion.callbacks.evolution import evolution
+from avdiffusion.callbacks.held_out import HeldOut, conditioner
 from avdiffusion.callbacks.loggers import Once
 from avdiffusion.callbacks.publish import publish
+from avdiffusion.callbacks.scores import Scorer, Scores, arrays
 from avdiffusion.callbacks.speed import Speed
 from avdiffusion.callbacks.stop import Stop
-from avdiffusion.gallery import COLUMNS, LABELS, score_rows
-from avdiffusion.metrics.metric import Findings, Metric
+from avdiffusion.gallery import LABELS, columns
 from avdiffusion.spread import gathered, share
 from avdiffusion.strip import contact_sheet
-from avdiffusion.writer import ClipWriter, pixels, sound
+from avdiffusion.writer import ClipWriter, png, write_whole
 
 log = logging.getLogger("avdiffusion")
 FILES = "clips cannot be written"
-# What a metric may fail with without ending the training that it watches.
-FAILURES = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError)
-
-Scorer = Callable[[Mapping[str, np.ndarray], Mapping[str, float]], Mapping[str, float]]
 
 
 class SampleClips(pl.Callback):
@@ -45,6 +41,11 @@ class SampleClips(pl.Callback):
     samples alone. Metrics of reports that share an extractor share what it finds, and that of real
     clips is kept. `sample/nonfinite` counts the clips that hold NaN or infinity. A metric that
     fails, or a disk that takes no clips, is said once.
+
+    A system that makes clips of others is given the first validation clips. Then metrics of reports
+    may be paired, which compare with what the samples should be; these are the real clips as well.
+    `sample/<key>_baseline` is what all say, once, of what was given, without the model, and
+    `compare.png` shows the first of both beside what they are made of and should be.
     """
 
     def __init__(
@@ -65,18 +66,19 @@ class SampleClips(pl.Callback):
             raise ValueError(
                 f"every={every}, num={num}, micro_batch={micro_batch}: 0, 1, 1 or more"
             )
-        for name, metric in (metrics or {}).items():
-            if not callable(metric):
-                raise ValueError(f"val_metrics.{name}={metric!r} cannot be called (clips, rates)")
         self.out, self.every, self.num, self.seed = Path(out), every, num, seed
         self.micro_batch, self.save = micro_batch, list(save)
         self.final_num = num if final_num is None else final_num
-        self.metrics, self.real_num, self.evolution = dict(metrics or {}), real_num, evolution
-        self.last, self.real, self.once = 0, None, Once()
-        self.reference = None  # real clips and what was found of them, once they have been read
+        self.evolution, self.last, self.once = evolution, 0, Once()
+        self.scores = Scores(metrics or {}, real_num=real_num, once=self.once)
+        self.held_out: HeldOut | None = None  # for a conditioned system
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
+        if conditioner(system) is not None:
+            self.held_out = HeldOut(getattr(trainer.datamodule, "val", None) or (), system)
+            if trainer.is_global_zero and not self.held_out.data:
+                log.warning("no clips are sampled: there is no validation clip to make them of")
         # of a run that goes on in its folder, and was ended before or while it sampled
         place = self.out / self._name(trainer)
         own = Path(trainer.ckpt_path or ".").absolute().is_relative_to(self.out.parent.absolute())
@@ -96,7 +98,8 @@ class SampleClips(pl.Callback):
         if self.final_num:
             page, rows = self._show(trainer, system, "final", self.final_num)
             if page:
-                log.info("%s", summary(page, self.final_num, rows))
+                sound = " with sound" if "audio" in system.rates else ""
+                log.info("%s", summary(f"{self.final_num} clips{sound}: {page}", rows))
 
     def _due(self, trainer):
         step = trainer.global_step
@@ -109,20 +112,15 @@ class SampleClips(pl.Callback):
 
     def _show(self, trainer, system, name, num):
         """Samples, writes, scores and logs; (page, rows of scores), of the first process alone."""
+        if self.held_out and not self.held_out.data:
+            return None, {}
         writer, found, page, rows, logged = None, {}, None, {}, {}
         if trainer.is_global_zero:
-            settings = {
-                "step": trainer.global_step,
-                "sampler": repr(system.sampler),
-                "guides": [repr(guide) for guide in system.guides],
-                "seed": self.seed,
-                "micro_batch": self.micro_batch,
-            }
             with self.once(FILES):
                 writer = ClipWriter(
                     self.out / name,
                     rates=system.rates,
-                    settings=settings,
+                    settings=self._settings(trainer, system),
                     save=self.save,
                     overwrite=True,
                 )
@@ -134,21 +132,38 @@ class SampleClips(pl.Callback):
                         writer.add(index, clips)
         if trainer.is_global_zero:
             media = {k: torch.stack([found[i][k] for i in range(num)]) for k in found[0]}
-            scores = self._all_scores(trainer, Findings(_arrays(media), system.rates))
+            clips, data = arrays(media), getattr(trainer.datamodule, "val", None)
+            beside = self.held_out and self.held_out.beside(num)
+            scores = self.scores(clips, system.rates, data, beside)
             scores["nonfinite"] = _nonfinite(media, trainer.global_step)
             logged = {f"sample/{key}": value for key, value in scores.items()}
-            rows = score_rows(scores, self.real)
+            rows = self.scores.rows(scores)
+            pictures = {"compare": beside.comparison(clips)} if beside else {}
             if writer:
                 with self.once(FILES):
+                    for kind, picture in pictures.items():
+                        write_whole(writer.out / f"{kind}.png", png(picture))
                     title = f"{self.out.parent.name}, step {trainer.global_step}"
                     page = writer.finish(scores=rows, title=title)
-            self._log(trainer, system.rates, writer, _arrays(media), logged)
+            self._log(trainer, system.rates, writer, clips, logged, pictures)
         logged = trainer.strategy.broadcast(logged)
         trainer.callback_metrics.update({k: torch.tensor(v) for k, v in logged.items()})
         for callback in trainer.callbacks:
             if isinstance(callback, Speed):
                 callback.restart()
         return page, rows
+
+    def _settings(self, trainer, system):
+        """What the clips depend on."""
+        told = conditioner(system)
+        return {
+            "step": trainer.global_step,
+            "sampler": repr(system.sampler),
+            "guides": [repr(guide) for guide in system.guides],
+            "seed": self.seed,
+            "micro_batch": self.micro_batch,
+            **({"baseline": told.baseline_name} if told else {}),
+        }
 
     def _sampled(self, trainer, system, num) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Samples 0 to num - 1 as they come: each process makes some batches, all get all."""
@@ -169,46 +184,14 @@ class SampleClips(pl.Callback):
                 for stop in stops:
                     stop.check(trainer)
 
-            options = {"seed": self.seed, "micro_batch": self.micro_batch, "progress": progress}
-            for index, clips, _ in gathered(system.samples(own, **options), world):
+            options = {"seed": self.seed, "micro_batch": size, "progress": progress}
+            source = self.held_out or system
+            for index, clips, _ in gathered(source.samples(own, **options), world):
                 yield index, clips
 
-    def _all_scores(self, trainer, samples):
-        """What the metrics say of the clips, and as `*_real` of real ones."""
-        first = self.real is None and bool(self.metrics)
-        if first:
-            self.reference, self.real = self._real_clips(trainer, samples), {}
-        scores = self._scores(self.metrics, samples)
-        if first and self.reference:
-            alone = {k: m for k, m in self.metrics.items() if not _against_real(m)}
-            self.real = self._scores(alone, self.reference)
-        kept = {k: v for k, v in (self.real or {}).items() if not k.endswith("_mismatched")}
-        return scores | {f"{key}_real": value for key, value in kept.items()}
-
-    def _real_clips(self, trainer, samples):
-        data = getattr(trainer.datamodule, "val", None)
-        with self.once("validation clips cannot be measured", *FAILURES):
-            items = [data[i] for i in range(min(len(data or ()), self.real_num))]
-            stacked = {k: [torch.as_tensor(i[k]) for i in items] for k in samples.clips}
-            media = {k: torch.stack(v) for k, v in stacked.items() if v}
-            return Findings(_arrays(media), samples.rates) if items else None
-
-    def _scores(self, metrics, found):
-        scores = {}
-        for name, metric in metrics.items():
-            with self.once(f"val_metrics.{name} failed", *FAILURES):
-                scores |= {key: float(value) for key, value in self._called(metric, found).items()}
-        return scores
-
-    def _called(self, metric, found):
-        real = [self.reference] if _against_real(metric) else []
-        if isinstance(metric, Metric):
-            return metric.values(found(metric), *(each and each(metric) for each in real))
-        return metric(found.clips, found.rates, *(each and each.clips for each in real))
-
-    def _log(self, trainer, rates, writer, media, logged):
+    def _log(self, trainer, rates, writer, media, logged, pictures):
         """Scores and the first `num` clips with their pictures to every logger."""
-        entries, pictures = [], {}
+        entries = []
         with self.once(FILES):
             if writer:
                 entries = writer.entries()[: self.num]
@@ -225,25 +208,15 @@ class SampleClips(pl.Callback):
                 publish(logger, entries, shown, pictures, rates=rates, step=trainer.global_step)
 
 
-def summary(page: Path, num: int, rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Where the clips are, and their synchrony beside that of mismatched and real ones."""
-    lines = [f"{num} clips with sound: {page}"]
+def summary(head: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of scores for the terminal, under where the clips are."""
+    shown, lines = columns(rows), [head]
     if rows:
-        lines.append(f"{'':40s}" + "".join(f"{name:>12s}" for name in COLUMNS))
+        lines.append(f"{'':40s}" + "".join(f"{name:>12s}" for name in shown))
     for key, row in rows.items():
-        cells = (f"{row[name]:12.3f}" if name in row else f"{'-':>12s}" for name in COLUMNS)
+        cells = (f"{row[name]:12.3f}" if name in row else f"{'-':>12s}" for name in shown)
         lines.append(f"{LABELS.get(key, key):40s}" + "".join(cells))
     return "\n".join(lines)
-
-
-def _against_real(metric):
-    return getattr(metric, "against_real", False)
-
-
-def _arrays(media):
-    """What the files hold: video as uint8, audio within [-1, 1]."""
-    kinds = {"video": pixels, "audio": sound}
-    return {name: kinds[name](value) for name, value in media.items() if name in kinds}
 
 
 def _nonfinite(media, step):

@@ -18,7 +18,7 @@ def unit(clip: np.ndarray) -> np.ndarray:
     return np.clip((np.nan_to_num(clip.astype(np.float32), nan=-1.0) + 1) / 2, 0, 1)
 
 
-def _hue_masks(clip: np.ndarray) -> np.ndarray:
+def hue_masks(clip: np.ndarray) -> np.ndarray:
     """Soft masks [K, T, H, W] of what is vividly coloured in [3, T, H, W], one per hue."""
     chroma = clip.max(0) - clip.min(0)
     floor = max(0.4 * float(np.quantile(chroma, 0.99)), 0.15)
@@ -42,7 +42,7 @@ def _hue_masks(clip: np.ndarray) -> np.ndarray:
     return masks
 
 
-def _track(mask: np.ndarray) -> tuple[np.ndarray, float]:
+def track(mask: np.ndarray) -> tuple[np.ndarray, float]:
     """Centre (x, y) of a soft mask [T, H, W] per frame, and its radius.
 
     The centre is the mean of the mask, taken again twice within 1.6 radii of itself, which drops
@@ -101,8 +101,8 @@ def impacts(video: Array, fps: float) -> list[np.ndarray]:
     for clip in map(unit, as_numpy(video)):
         sides = clip.shape[:1:-1]
         times = []
-        for mask in _hue_masks(clip):
-            centre, radius = _track(mask)
+        for mask in hue_masks(clip):
+            centre, radius = track(mask)
             seen = np.flatnonzero(np.isfinite(centre[:, 0]))
             if len(seen) < 4:
                 continue

@@ -98,7 +98,7 @@ class Metric(torchmetrics.Metric):
 
     Used as any torchmetrics metric, `update` and `compute` reduce over processes. Called with
     clips, rates and real clips it gives the scores of just these, on this process alone: the form
-    that `val_metrics` have.
+    that `val_metrics` have. `targets` are the clips that samples should be, for a paired extractor.
     """
 
     group = "Figures"  # the heading under which a report shows them
@@ -118,10 +118,12 @@ class Metric(torchmetrics.Metric):
         """The figures of a report."""
         raise TypeError(f"{type(self).__name__} has no figures")
 
-    def update(self, clips: Clips, rates: Rates, *, real: bool = False) -> None:
+    def update(
+        self, clips: Clips, rates: Rates, *, real: bool = False, targets: Clips | None = None
+    ) -> None:
         """Takes in more samples, or more `real` clips."""
         place = "reference" if real else "samples"
-        for name, values in self.find(clips, rates).items():
+        for name, values in self.find(clips, rates, targets).items():
             getattr(self, f"{place}_{name}").append(torch.as_tensor(values))
 
     def compute(self) -> dict[str, float]:
@@ -131,22 +133,32 @@ class Metric(torchmetrics.Metric):
             raise ValueError(f"{type(self).__name__} was given no samples")
         return self._values(Sets(**places, resamples=0))
 
-    def forward(self, clips: Clips, rates: Rates, real: Clips | None = None) -> dict[str, float]:
+    def forward(
+        self,
+        clips: Clips,
+        rates: Rates,
+        real: Clips | None = None,
+        *,
+        targets: Clips | None = None,
+    ) -> dict[str, float]:
         """The value of each figure for these clips, few as they may be.
 
         What `update` collected is left alone.
         """
         reference = None if real is None else self.find(real, rates)
-        return self.values(self.find(clips, rates), reference)
+        return self.values(self.find(clips, rates, targets), reference)
 
-    def find(self, clips: Clips, rates: Rates) -> Found:
-        """What the extractor finds of clips that are to be like nothing in particular."""
-        if self.extractor.paired:
+    def find(self, clips: Clips, rates: Rates, targets: Clips | None = None) -> Found:
+        """What the extractor finds of clips, which should be `targets`, or like nothing at all."""
+        if not self.extractor.paired:
+            return self.extractor(clips, rates)
+        if targets is None:
             raise ValueError(
-                f"{type(self.extractor).__name__} compares with a target: it is for evaluate.py "
-                "target=DIR alone"
+                f"{type(self.extractor).__name__} compares each clip with the one it should be, "
+                "which only a model that makes clips of others has: leave it out, or use "
+                "evaluate.py target=DIR"
             )
-        return self.extractor(clips, rates)
+        return self.extractor(clips, rates, targets)
 
     def values(self, samples: Found, reference: Found | None = None) -> dict[str, float]:
         """The value of each figure of what was found, of however few clips."""
@@ -169,16 +181,19 @@ class Metric(torchmetrics.Metric):
 
 
 class Findings:
-    """Clips with their rates, and what extractors found of them: each name looks at them once."""
+    """Clips with their rates, and what extractors found of them: each name looks at them once.
 
-    def __init__(self, clips: Clips, rates: Rates):
-        self.clips, self.rates, self._found = clips, rates, {}
+    `targets` are the clips that they should be, if there are such.
+    """
+
+    def __init__(self, clips: Clips, rates: Rates, targets: Clips | None = None):
+        self.clips, self.rates, self.targets, self._found = clips, rates, targets, {}
 
     def __call__(self, metric: Metric) -> Found:
         """What the extractor of a metric found."""
         name = metric.extractor.name
         if name not in self._found:
-            self._found[name] = metric.find(self.clips, self.rates)
+            self._found[name] = metric.find(self.clips, self.rates, self.targets)
         return self._found[name]
 
 

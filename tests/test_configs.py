@@ -26,10 +26,13 @@ GROUPS = {
 }
 WHOLE = ("exp", "debug", "hydra", "hydra/launcher", "paths")  # no parts of a model's config
 WHOLE += ("metrics", "protocol")  # of evaluations
+WHOLE += ("model/shared", "sr_sampler")  # a part of every model; the folder of samplers again
 CHOICES = {k: v for k, v in GROUPS.items() if v and k not in WHOLE}
 PARAMETERS = {  # millions, of the networks in the README's ladder
     "aist": 133.7,
     "landscape": 133.7,
+    "aist_sr": 311.0,
+    "landscape_sr": 311.0,
 }
 
 
@@ -73,10 +76,16 @@ def test_experiments_compose_and_build_on_the_meta_device(name):
     count = sum(p.numel() for p in system.model.parameters())
     assert count / 1e6 == pytest.approx(PARAMETERS.get(name, count / 1e6), abs=0.05)
     # The network takes what the data delivers.
-    x = system.latent(1)
-    system.model.net.check(*x.values(), None)
-    net = plain["model"]["diffusion"]["net"]
-    assert [v.shape[1] for v in x.values()] == [net["video_channels"], net["audio_channels"]]
+    x, data, batch = system.latent(1), plain["data"], {}
+    if system.model.conditioner is not None:
+        scale = data["train"]["degrade"]["scale"]
+        small = [n // scale for n in data["size"]]
+        batch["low_res"] = torch.empty(1, 3, data["frames"], *small, device="meta")
+    cond = system.model.condition(batch)
+    out = system.model.net(*x.values(), time=torch.empty(1, device="meta"), **cond)
+    factor = 1 + plain["model"]["diffusion"]["learned_variance"]
+    for value, made in zip(x.values(), out if isinstance(out, tuple) else [out], strict=True):
+        assert list(made.shape) == [1, factor * value.shape[1], *value.shape[2:]]
 
 
 def test_published_experiments_follow_the_published_recipe():
@@ -151,6 +160,14 @@ VARIANTS = {
         "num_heads",
         "head_channels",
     },
+    "avdiffusion.nn.unet.UNet": {
+        "channels",
+        "channel_mult",
+        "num_res_blocks",
+        "num_heads",
+        "attention_resolutions",
+    },
+    "avdiffusion.diffusion.diffusion.Diffusion": {"learned_variance"},
     "avdiffusion.diffusion.guide.Clamp": {"low", "high"},
     "avdiffusion.checkpoint.load": {"device"},  # of a weak model
     "avdiffusion.diffusion.path.DiscreteVP": {"betas"},
@@ -159,7 +176,10 @@ VARIANTS = {
     "avdiffusion.samplers.sde_dpm_solver.SDEDPMSolver": {"grid"},
     "avdiffusion.samplers.euler.Euler": {"grid", "shift"},  # on a flow
     "avdiffusion.data.module.DataModule": {"num_workers", "root"},
-    "avdiffusion.data.clips.Clips": {"split", "flip"},  # of the validation part
+    "avdiffusion.data.clips.Clips": {"split", "flip", "modalities", "fit"},  # of the validation part
+    "avdiffusion.data.images.Images": {"split", "flip"},
+    "avdiffusion.data.degrade.Degraded": {"num"},
+    "avdiffusion.data.degrade.Degrade": {"kernel", "noise", "jpeg"},
     "avdiffusion.data.windows.Windows": {"split", "flip"},
     "avdiffusion.data.toy.Toy": {"num", "seed"},
     "avdiffusion.metrics.distance.Frechet": {"key", "label", "scale"},

@@ -44,6 +44,7 @@ NOT_RUN = {
     "exp=landscape": "needs Landscape and GPUs",
     "reference=": "needs real clips and weights; see tests/evaluation",
     "logger=": "the first command again, with other loggers; see tests/callbacks",
+    "sr.ckpt": "needs a model of another training; see tests/test_cascade.py",
     "-m": "see tests/test_cli.py",
 }
 

@@ -42,7 +42,10 @@ log = logging.getLogger("avdiffusion")
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SAMPLES = 256  # of a checkpoint, unless told
 # What a checkpoint may name as its data: they read, and nothing else.
-DATA = {f"avdiffusion.data.{name}" for name in ("clips.Clips", "windows.Windows", "toy.Toy")}
+DATA = {
+    f"avdiffusion.data.{name}"
+    for name in ("clips.Clips", "windows.Windows", "toy.Toy", "shapes.MovingShapes")
+}
 
 
 def evaluate(config: DictConfig) -> None:

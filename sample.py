@@ -14,7 +14,7 @@ torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -140,6 +140,10 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
         "step": step,
     }
     system.samples([], **options)  # what is wrong with them is said before anything is written
+    made = set(system.shapes)
+    for each, name in zip(finer, paths[1:], strict=True):
+        if each.model.conditioner.modality not in made:
+            raise ValueError(f"{name} makes {each.model.conditioner.modality} larger, not {made}")
     out = folder(config, paths)
     if given and config.given and Path(config.given).resolve() in out.resolve().parents:
         raise ValueError(
@@ -192,7 +196,8 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
         size = config.micro_batch if system.sampler.together else 1
         own = share(missing, size, RANK, WORLD)
         made = system.samples(own, progress=progress, **options)
-        for (group, clips, calls), base in gathered(refined(made, finer, config.seed, step), WORLD):
+        made = refined(made, finer, seed=config.seed, step=step, progress=progress)
+        for (group, clips, calls), base in gathered(made, WORLD):
             if writer:
                 add(group, clips, given and [Kept(**given.source(i)) for i in group], base)
             evaluations += [calls] * len(group)
@@ -207,7 +212,12 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
 
 
 def refined(
-    made: Iterator[Samples], systems: Sequence[DiffusionSystem], seed: int, step: Step
+    made: Iterator[Samples],
+    systems: Sequence[DiffusionSystem],
+    *,
+    seed: int,
+    step: Step,
+    progress: Callable[[], object],
 ) -> Iterator[tuple[Samples, Media | None]]:
     """Samples as the systems in turn make them larger, and as they were if there is one."""
     step = replace(step, interval=1)  # of the first system, whose network keeps deep features
@@ -219,7 +229,9 @@ def refined(
             parts = []
             for k, i in enumerate(group):
                 source = system.model.conditioner.batch(clips.map(lambda v, k=k: v[k : k + 1]))
-                parts.append(system.conditioned(source, [i], seed=own, step=step))
+                parts.append(
+                    system.conditioned(source, [i], seed=own, step=step, progress=progress)
+                )
             finer = {n: torch.cat([p.clips[n] for p in parts]) for n in parts[0].clips}
             clips, calls = Media({**clips, **finer}), calls + parts[0].evaluations
         yield Samples(group, clips, calls), base if systems else None
@@ -230,6 +242,8 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
     for name in ("num", "index", "known", "fit", "seconds", "overlap"):
         if config[name] is not None:
             raise ValueError(f"{path.name} makes a clip of each given one: leave out {name}=")
+    if config.layout != "flat":
+        raise ValueError(f"layout={config.layout} is of generated clips: leave it out")
     if config.given is None:
         raise ValueError(
             f"{path.name} makes clips of others: give them with given=DIR, or the checkpoint of a "
@@ -239,10 +253,13 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
     missing = []
     if RANK == 0:
         chosen = settings(config, [path], [system], step)
+        chosen.pop("given")  # results of several folders may lie in one
         missing = existing.claim(chosen, overwrite=config.overwrite)
         if len(missing) < len(existing.files):
             there = len(existing.files) - len(missing)
             log.info("%d of %d clips are already in %s", there, len(existing.files), existing.out)
+        if existing.ignored:
+            log.info("%d other files in %s", len(existing.ignored), existing.root)
     if WORLD > 1:
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
         shared = [missing]
@@ -252,8 +269,16 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
     with tqdm(unit="frame", disable=None if not RANK else True) as bar:
         for i in missing[RANK::WORLD]:
             bar.set_description(Path(existing.files[i]).name)
-            source = existing.root / existing.files[i]
-            restore(system, source, existing.targets[i], index=i, progress=bar.update, **options)
+            source, number = existing.root / existing.files[i], key("clip", existing.files[i])
+            # by its name, so that others beside it do not matter
+            restore(
+                system,
+                source,
+                existing.targets[i],
+                index=number,
+                progress=bar.update,
+                **options,
+            )
     if WORLD > 1:
         distributed.barrier()
         distributed.destroy_process_group()

@@ -121,12 +121,13 @@ def test_every_model_of_a_cascade_has_noise_of_its_own():
     class Larger:
         model = SimpleNamespace(conditioner=SimpleNamespace(batch=dict))
 
-        def conditioned(self, batch, index, *, seed, step):
+        def conditioned(self, batch, index, *, seed, step, progress):
             seeds.append(seed)
             return Samples(index, Media(batch), 1)
 
     made = [Samples([0], Media(video=torch.zeros(1, 3, 1, 2, 2)), 1)]
-    ((group, _, calls), _) = next(refined(made, [Larger(), Larger()], 7, Step()))
+    options = {"seed": 7, "step": Step(), "progress": lambda: None}
+    ((group, _, calls), _) = next(refined(made, [Larger(), Larger()], **options))
     assert (group, calls, len({7, *seeds})) == ([0], 3, 3)
 
 
@@ -253,3 +254,20 @@ def test_training_begins_with_the_weights_of_another_checkpoint(project, tmp_pat
     assert "no checkpoint at nowhere.ckpt" in project(f"{line} init.diffusion=nowhere.ckpt").error
     both = f"{line} init.diffusion=runs/sr.ckpt ckpt=runs/sr.ckpt"
     assert "ckpt= and init.diffusion= both" in project(both).error
+
+
+def test_a_source_that_was_replaced_is_made_again(sample, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    make_media(folder / "a.mp4", seconds=0.6, sample_rate=16000)
+    out, _ = sample("again", LARGER, f"given={folder}")
+    before = (out / "a.mp4").read_bytes()
+    # another clip beside it changes nothing of it
+    make_media(folder / "0.mp4", seconds=0.4, sample_rate=16000)
+    both, _ = sample("both", LARGER, f"given={folder}")
+    np.testing.assert_array_equal(pictures(both / "a.mp4"), pictures(out / "a.mp4"))
+    make_media(folder / "a.mp4", seconds=0.8, sample_rate=16000)
+    _, said = sample("again", LARGER, f"given={folder}")
+    assert "already in" not in said
+    assert (out / "a.mp4").read_bytes() != before
+    assert len(pictures(out / "a.mp4")) == len(pictures(folder / "a.mp4"))

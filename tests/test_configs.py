@@ -33,6 +33,7 @@ PARAMETERS = {  # millions, of the networks in the README's ladder
     "landscape": 133.7,
     "aist_sr": 311.0,
     "landscape_sr": 311.0,
+    "video_ddpm": 85.9,
 }
 
 
@@ -166,6 +167,12 @@ VARIANTS = {
         "num_res_blocks",
         "num_heads",
         "attention_resolutions",
+        "dims",
+        "concat_channels",
+        "conv",
+        "attention",
+        "resblock_updown",
+        "out_factor",
     },
     "avdiffusion.diffusion.diffusion.Diffusion": {"learned_variance"},
     "avdiffusion.diffusion.guide.Clamp": {"low", "high"},
@@ -176,8 +183,15 @@ VARIANTS = {
     "avdiffusion.samplers.sde_dpm_solver.SDEDPMSolver": {"grid"},
     "avdiffusion.samplers.euler.Euler": {"grid", "shift"},  # on a flow
     "avdiffusion.data.module.DataModule": {"num_workers", "root"},
-    "avdiffusion.data.clips.Clips": {"split", "flip", "modalities", "fit"},  # of the validation part
+    "avdiffusion.data.clips.Clips": {
+        "split",
+        "flip",
+        "modalities",
+        "fit",
+    },  # of the validation part
     "avdiffusion.data.images.Images": {"split", "flip"},
+    "avdiffusion.data.shapes.MovingShapes": {"num", "seed"},
+    "avdiffusion.data.shapes.GaussianNoise": {"num", "seed"},
     "avdiffusion.data.degrade.Degraded": {"num"},
     "avdiffusion.data.degrade.Degrade": {"kernel", "noise", "jpeg"},
     "avdiffusion.data.windows.Windows": {"split", "flip"},

@@ -47,7 +47,8 @@ class Existing:
     def claim(self, settings: Mapping[str, object], *, overwrite: bool) -> list[int]:
         """The numbers of clips still to be made, in a folder for results of these settings alone.
 
-        One with others' is refused, unless `overwrite`, which removes all that are there.
+        Also of those that are older than their sources. A folder with results of other settings is
+        refused, unless `overwrite`, which removes them.
         """
         record, made = self.out / RECORD, [file for file in self.targets if file.is_file()]
         settings = json.loads(json.dumps(dict(settings), default=str))
@@ -64,7 +65,13 @@ class Existing:
             )
         self.out.mkdir(parents=True, exist_ok=True)
         write_whole(record, (json.dumps(settings, indent=1) + "\n").encode())
-        return [i for i, target in enumerate(self.targets) if not target.is_file()]
+        for part in self.out.rglob(".*.part.*"):  # of a run that was killed
+            part.unlink()
+        return [i for i in range(len(self.files)) if not self._made(i)]
+
+    def _made(self, i):
+        source, target = self.root / self.files[i], self.targets[i]
+        return target.is_file() and target.stat().st_mtime >= source.stat().st_mtime
 
     def _holds_clips(self):
         """Whether an earlier run came to anything, whichever clips it was given."""

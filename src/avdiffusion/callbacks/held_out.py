@@ -63,14 +63,18 @@ class Beside(NamedTuple):
 
 
 class HeldOut:
-    """Clips of a dataset for a conditioned system: sample i is made of item i mod n."""
+    """Clips of a dataset for a conditioned system, each sample made of an item.
+
+    Neighbours in a dataset may be of one file, so samples take the items in a fixed random order.
+    """
 
     def __init__(self, data: Dataset | Sequence, system: pl.LightningModule):
         self.data, self.system, self.kept = data, system, (0, None)
+        self.order = np.random.default_rng(0).permutation(len(data)).tolist()
 
     def batch(self, index: Sequence[int]) -> dict:
         """The items of which these samples are made."""
-        return default_collate([self.data[i % len(self.data)] for i in index])
+        return default_collate([self.data[self.order[i % len(self.order)]] for i in index])
 
     def samples(self, index: Sequence[int], *, micro_batch: int, **options: object) -> Iterator:
         """`Samples` as those of a system that is given nothing, `micro_batch` at a time."""

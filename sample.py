@@ -265,6 +265,7 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
         shared = [missing]
         distributed.broadcast_object_list(shared)
         missing = shared[0]
+    step = replace(step, capture=bool(config.capture))  # each size of clips would keep a graph
     options = {"seed": config.seed, "step": step, "frames": config.frames_at_once or 16}
     with tqdm(unit="frame", disable=None if not RANK else True) as bar:
         for i in missing[RANK::WORLD]:

@@ -123,8 +123,8 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main():
-    config = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli(sys.argv[1:]))
+def main(words=None):
+    config = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli(sys.argv[1:] if words is None else words))
     path = checkpoint.find(config.ckpt)
     system = checkpoint.load(path, trust=config.trust, device=config.device)
     if system.model.conditioner is None:

@@ -270,6 +270,7 @@ def test_a_file_may_not_name_its_own_weak_model(run):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
 def test_train_reconstruct_and_sample(tmp_path_factory, monkeypatch):
     """A run of twelve steps, another width of it, and clips led away from its beginning."""

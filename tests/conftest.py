@@ -1,5 +1,7 @@
 """No test reaches the network, the user's cache or a W&B account."""
 
+import os
+
 import pytest
 import torch
 
@@ -14,3 +16,5 @@ def _alone(monkeypatch, tmp_path):
 def pytest_configure():
     # small tensors: more threads only wait for each other
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # as do those of commands in several workers
+        os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -6,7 +6,8 @@ import json
 import pytest
 from entry import ROOT
 from media_files import make_media
-from test_cascade import SR, write
+from test_cascade import SR
+from test_sample_command import write
 
 
 @pytest.fixture

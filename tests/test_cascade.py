@@ -13,7 +13,7 @@ import pytest
 import torch
 from entry import ROOT, Project
 from media_files import make_media
-from test_sample_command import FPS, FRAMES, RATE, SAMPLES, SMALL, packets, pictures, sound
+from test_sample_command import FPS, FRAMES, RATE, SAMPLES, SMALL, packets, pictures, sound, write
 
 from avdiffusion import checkpoint
 from avdiffusion.media import Media
@@ -49,20 +49,6 @@ def project(tmp_path_factory):
             write(project.folder / "runs" / f"{name}.ckpt", words)
         yield project
         project.close()
-
-
-def write(path, words):
-    """A checkpoint as training writes it, whose average has been somewhere."""
-    torch.manual_seed(0)
-    config = checkpoint.plain(checkpoint.compose(words))
-    system = checkpoint.build(config["model"])
-    with torch.no_grad():
-        for p in system.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    content = {"state_dict": system.state_dict(), "hyper_parameters": config}
-    system.on_save_checkpoint(content)
-    path.parent.mkdir(exist_ok=True)
-    torch.save(content, path)
 
 
 @pytest.fixture

@@ -65,20 +65,24 @@ def project(tmp_path_factory):
         project.close()
 
 
-@pytest.fixture(scope="module")
-def ckpt(project):
+def write(path, words):
     """A checkpoint as training writes it, whose average has been somewhere."""
     torch.manual_seed(0)
-    config = checkpoint.plain(checkpoint.compose(SMALL))
+    config = checkpoint.plain(checkpoint.compose(words))
     system = checkpoint.build(config["model"])
     with torch.no_grad():
         for p in system.parameters():
             p.add_(0.05 * torch.randn_like(p))
     content = {"state_dict": system.state_dict(), "hyper_parameters": config}
     system.on_save_checkpoint(content)
-    path = project.folder / "runs" / "small.ckpt"
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     torch.save(content, path)
+
+
+@pytest.fixture(scope="module")
+def ckpt(project):
+    path = project.folder / "runs" / "small.ckpt"
+    write(path, SMALL)
     return path
 
 

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avdiffusion.nn.attention import SelfAttention
+from avdiffusion.nn.batch_norm import ConditionalBatchNorm
 from avdiffusion.nn.blocks import (
     Pointwise,
     UpConv,
@@ -37,13 +38,16 @@ from avdiffusion.nn.space_time import (
     silenced,
 )
 
+NORMS = ("group", "batch")
+
 
 class ResBlock(nn.Module):
     """Residual block of clips under a time modulation, optionally resampling their frames by 2.
 
     `resample` is None, "down" or "up": between the first SiLU and its convolution, unlike
     `blocks.Branch`. `film` is [B or 1, 2 C], scale then shift of the second norm, or [B or 1, C],
-    added before it. Norms take their statistics over a whole clip.
+    added before it. Norms take their statistics over a whole clip, but batch norms, which alone are
+    told `share` [B or 1] (see `batch_norm`).
     """
 
     def __init__(
@@ -54,32 +58,37 @@ class ResBlock(nn.Module):
         dropout: float,
         scale_shift: bool,
         conv: Callable[[int, int], nn.Module] = SpaceConv,
+        norm: Callable[..., nn.Module] = GroupNorm,
         resample: str | None = None,
     ):
         super().__init__()
         self.resample, self.scale_shift = resample, scale_shift
         self.film_width = outputs * (2 if scale_shift else 1)
-        self.norm = GroupNorm(inputs, silu=True)
+        self.norm = norm(inputs, silu=True)
         self.conv = (SpaceUp if resample == "up" else conv)(inputs, outputs)
-        self.film_norm = GroupNorm(outputs, silu=True)
+        self.film_norm = norm(outputs, silu=True)
         self.dropout = nn.Dropout(dropout)
         self.out = silenced(conv(outputs, outputs))
         self.skip = nn.Identity() if inputs == outputs else Pointwise(inputs, outputs)
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+    def forward(self, x: Tensor, film: Tensor, share: Tensor | None = None) -> Tensor:
+        norm, film_norm = (normed(each, share) for each in (self.norm, self.film_norm))
         if self.resample == "down":
-            h = through(lambda y: mean_pool(whole(self.norm, y), (2, 2)), self.conv, x)
+            h = through(lambda y: mean_pool(norm(y), (2, 2)), self.conv, x)
             x = mean_pool(x, (2, 2))
         else:
-            h = through(partial(whole, self.norm), self.conv, x)
+            h = through(norm, self.conv, x)
             x = repeat(x, (2, 2)) if self.resample == "up" else x
         if not self.scale_shift:
             h, film = h + film.to(h.dtype).view(len(film), 1, 1, 1, -1), None
         return through(
-            partial(whole, self.film_norm),
-            lambda y: self.out(self.dropout(y), residual=self.skip(x)),
-            *(h, film),
+            film_norm, lambda y: self.out(self.dropout(y), residual=self.skip(x)), h, film
         )
+
+
+def normed(norm: nn.Module, share: Tensor | None) -> Callable[..., Tensor]:
+    """The norm as a function of whole clips, and of a film."""
+    return partial(whole, norm if share is None else partial(norm, share=share))
 
 
 class Resample(nn.Module):
@@ -92,7 +101,7 @@ class Resample(nn.Module):
         self.up = resample == "up"
         self.conv = (SpaceUp if self.up else partial(SpaceConv, stride=2))(channels, channels)
 
-    def forward(self, x: Tensor, film: Tensor) -> Tensor:
+    def forward(self, x: Tensor, film: Tensor, share: Tensor | None = None) -> Tensor:
         return self.conv(x)
 
 
@@ -110,14 +119,14 @@ class Stage(nn.Module):
         super().__init__()
         self.res, self.attention, self.time, self.up = res, attention, time, up
 
-    def forward(self, x: Tensor, films: list[Tensor]) -> Tensor:
-        x = self.res(x, films[0])
+    def forward(self, x: Tensor, films: list[Tensor], share: Tensor | None = None) -> Tensor:
+        x = self.res(x, films[0], share)
         if self.attention is not None:
             b, t, h, w, c = x.shape
             x = self.attention(x.view(b * t, h * w, 1, c)).view(x.shape)
         if self.time is not None:
             x = self.time(x)
-        return x if self.up is None else self.up(x, films[1])
+        return x if self.up is None else self.up(x, films[1], share)
 
 
 class UNet(nn.Module):
@@ -135,6 +144,9 @@ class UNet(nn.Module):
     blocks, not by convolutions alone. `out_factor=2` doubles the output channels, prediction
     first, then variance. `checkpoint`: whether all stages are computed again in the backward pass
     instead of kept in memory, or how many GiB may be kept, beyond which stages are.
+
+    `norm`, of all but attention, is group, of every clip by itself, or batch (see `batch_norm`),
+    with averages in `norm_buckets` sets, one for each part of the `time_range`.
     """
 
     def __init__(
@@ -155,9 +167,14 @@ class UNet(nn.Module):
         scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         out_factor: int = 2,
+        norm: str = "group",
+        norm_buckets: int = 8,
+        time_range: tuple[float, float] = (0, 1000),
         checkpoint: bool | float = False,
     ):
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm={norm!r} is not one of {', '.join(NORMS)}")
         if dims not in (2, 3) or conv not in CONVOLUTIONS:
             raise ValueError(
                 f"dims={dims}, conv={conv!r}: dims is 2 or 3, conv one of {', '.join(CONVOLUTIONS)}"
@@ -166,8 +183,15 @@ class UNet(nn.Module):
         self.channels, self.levels = channels, len(channel_mult)
         self.takes, self.concat_channels = [video_channels], concat_channels
         self.plan = Plan(checkpoint)
+        self.time_range = time_range if norm == "batch" else None  # others are not told it
+        batch_norm = partial(ConditionalBatchNorm, buckets=norm_buckets)
+        norm_of = batch_norm if norm == "batch" else GroupNorm
         res = partial(
-            ResBlock, dropout=dropout, scale_shift=scale_shift_norm, conv=CONVOLUTIONS[conv]
+            ResBlock,
+            dropout=dropout,
+            scale_shift=scale_shift_norm,
+            conv=CONVOLUTIONS[conv],
+            norm=norm_of,
         )
 
         def resampled(width, how):
@@ -210,7 +234,7 @@ class UNet(nn.Module):
 
         widths = (block.film_width for block in self.blocks())
         self.film = nn.Linear(4 * channels, sum(widths))
-        self.norm = GroupNorm(width, silu=True)
+        self.norm = norm_of(width, silu=True)
         self.out = zeroed(SpaceConv(width, out_factor * video_channels))
 
     def stages(self) -> Iterator[Stage]:
@@ -243,16 +267,19 @@ class UNet(nn.Module):
             film = self.film(F.silu(self.time(time_embedding(time, self.channels))))
         length = 1 if self.framewise else clips.shape[2]  # of what it sees at once
         frames = rearrange(clips, "b c t h w -> (b t) c h w")
+        share = self.share(time) if self.time_range else None
         if len(film) > 1:  # one row is for all
-            film = film.repeat_interleave(len(frames) // length // len(film), 0)
+            each = len(frames) // length // len(film)
+            film = film.repeat_interleave(each, 0)
+            share = share if share is None else share.repeat_interleave(each, 0)
 
         height, width = frames.shape[2:]
         unit = 2 ** (self.levels - 1)
         frames = F.pad(frames, (0, -width % unit, 0, -height % unit), mode="replicate")
         clips = channels_last(frames).unflatten(0, (-1, length))
-        recomputed = self.plan(self.stages(), self.through_stages, clips, film)
-        h = self.through_stages(clips, film, recomputed)
-        out = through(partial(whole, self.norm), self.out, h)[..., :height, :width, :]
+        run = partial(self.through_stages, share=share)
+        h = run(clips, film, self.plan(self.stages(), run, clips, film))
+        out = through(normed(self.norm, share), self.out, h)[..., :height, :width, :]
         out = rearrange(out, "b t h w c -> (b t) c h w")
         out = out if x.dim() == 4 else rearrange(out, "(b t) c h w -> b c t h w", b=len(x))
         return out.to(x.dtype).contiguous()
@@ -272,15 +299,26 @@ class UNet(nn.Module):
 
         return most_held(run)
 
+    def share(self, time: Tensor) -> Tensor:
+        """Where in `time_range` times [B] are, from 0 to 1."""
+        first, last = self.time_range
+        return (time.float() - first) / (last - first)
+
     def through_stages(
-        self, clips: Tensor, film: Tensor, recomputed: Collection[Stage] = ()
+        self,
+        clips: Tensor,
+        film: Tensor,
+        recomputed: Collection[Stage] = (),
+        *,
+        share: Tensor | None = None,
     ) -> Tensor:
         """What the last stage makes of clips [B, T, H, W, C] with rows `film` [B or 1, F]."""
         films = iter(film.split([block.film_width for block in self.blocks()], dim=-1))
 
         def run(stage, x):
             given = [next(films)] if stage.up is None else [next(films), next(films)]
-            return checkpointed(stage, x, given) if stage in recomputed else stage(x, given)
+            again = partial(checkpointed, stage) if stage in recomputed else stage
+            return again(x, given, share)
 
         x = self.start(clips)
         skips = [x]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avdiffusion.data.files import FromFiles, one_of, refusal
+from avdiffusion.data.files import Timed, one_of, refusal
 from avdiffusion.data.index import build_index, cache_folder, digest
 from avdiffusion.data.windows import KeptFile, Windows, keep, spread
 from avdiffusion.io import DECODER, pcm16, read_window
@@ -19,7 +19,7 @@ MAX_GAIN = 30.0  # dB: the noise of a pause is not to become a storm
 log = logging.getLogger(__name__)
 
 
-class Clips(FromFiles):
+class Clips(Timed):
     """Clips of `frames` pictures and `samples` of sound that begin at the same time.
 
     `[i]` is one of the windows that divide the files evenly, always the same. `draw(i, rng)` is a
@@ -90,14 +90,8 @@ class Clips(FromFiles):
         problems = {e.path: e.problem(modalities, seconds, fps) for e in index.entries}
         chosen = self._chosen(problems, index.ignored, split, val_fraction)
         usable = [entry for entry in index.entries if not problems[entry.path]]
-        self.files, self.windows, self._spans, self._kept = [], [], [], None
-        for entry in usable:
-            if entry.path in chosen:
-                start, room = self._span(entry, seconds)
-                starts, _ = spread(start, room, seconds)
-                self.windows += [(len(self.files), s) for s in starts]
-                self._spans.append((start, room))
-                self.files.append(entry.path)
+        self._lay({e.path: self._span(e, seconds) for e in usable if e.path in chosen}, seconds)
+        self._kept = None
         if keep:
             self._kept = self._keep(usable, seconds, hop, cache, index_workers, split, val_fraction)
         looking = "video" in modalities
@@ -150,11 +144,6 @@ class Clips(FromFiles):
     def draw(self, i: int, rng: np.random.Generator) -> dict:
         """A random window of the file of window i; if that is broken and skipped, of another's."""
         return super().draw(i, rng) if self._kept is None else self._kept.draw(i, rng)
-
-    def _random(self, i, rng):
-        start, room = self._spans[self.windows[i][0]]
-        place, coin = rng.random(2)
-        return start + place * room, coin < self.flip
 
     def _window(self, path, start):
         """Arrays of one window: `video` uint8, `audio` int16, levelled before it is rounded."""

@@ -73,10 +73,10 @@ class Degrade:
 class Degraded(Dataset):
     """The items of `clips` with a worse copy of each picture, and without sound.
 
-    Items: `video` uint8 [3, T, H, W], as it was; `low_res` = `degrade(video, rng)`, for `Degrade`
-    float32 [3, T, h, w]; and what else there is but `audio`. The generator of `[i]` is keyed by
-    `seed` and the item, so that it is always the same; `draw` hands on its own. Of the clips,
-    `num` are used, evenly spread, or all.
+    Items: `video` uint8 [3, T, H, W], as it was; as `entry` what `degrade(video, rng)` makes of it,
+    for `Degrade` float32 [3, T, h, w]; and what else there is but `audio`. The generator of `[i]`
+    is keyed by `seed` and the item, so that it is always the same; `draw` hands on its own. Of the
+    clips, `num` are used, evenly spread, or all.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class Degraded(Dataset):
         clips: Dataset,
         *,
         degrade: Callable[[Tensor, np.random.Generator], Tensor],
+        entry: str = "low_res",
         num: int | None = None,
         seed: int = 0,
     ):
-        self.clips, self.degrade, self.seed = clips, degrade, seed
+        self.clips, self.degrade, self.entry, self.seed = clips, degrade, entry, seed
         self.num = len(clips) if num is None else min(num, len(clips))
 
     def __len__(self) -> int:
@@ -97,22 +98,22 @@ class Degraded(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         number = self._number(i)
-        return self._with_low_res(self.clips[number], np.random.default_rng((self.seed, number)))
+        return self._with_worse(self.clips[number], np.random.default_rng((self.seed, number)))
 
     def draw(self, i: int, rng: np.random.Generator) -> dict:
         """A random item of clip i, if the clips have such, made worse at random."""
         number = self._number(i)
         random = hasattr(self.clips, "draw")
         item = self.clips.draw(number, rng) if random else self.clips[number]
-        return self._with_low_res(item, rng)
+        return self._with_worse(item, rng)
 
     def _number(self, i):
         """The clip in the middle of the i-th of `num` equal shares."""
         return (2 * i + 1) * len(self.clips) // (2 * self.num)
 
-    def _with_low_res(self, item, rng):
+    def _with_worse(self, item, rng):
         kept = {name: value for name, value in item.items() if name != "audio"}
-        return {**kept, "low_res": self.degrade(item["video"], rng)}
+        return {**kept, self.entry: self.degrade(item["video"], rng)}
 
 
 def resized(video: Tensor, size: Sequence[int], kernel: str) -> Tensor:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from avdiffusion.data.index import side
-from avdiffusion.data.windows import as_item
+from avdiffusion.data.windows import as_item, spread
 from avdiffusion.io import MediaError
 
 SKIP = (
     "data.train.on_bad=skip leaves them out "
-    "(data.train.clips.on_bad=skip with data=frames and data=images)"
+    "(data.train.clips.on_bad=skip where data.train has clips of its own)"
 )
 log = logging.getLogger(__name__)
 
@@ -122,6 +122,26 @@ class FromFiles:
             log.warning("left out from now on, other clips take its place: %s", error)
             return None
         return as_item(i, window, mirror)
+
+
+class Timed(FromFiles):
+    """A dataset of windows of `seconds` that begin at some time of their files.
+
+    `[i]` is one of those that divide the files evenly, `draw` any, mirrored at the rate `flip`.
+    """
+
+    flip: float
+
+    def _lay(self, spans: Mapping[str, tuple[float, float]], seconds: float) -> None:
+        """Of each file: the first start of a window, and how much later the last one may be."""
+        self.files, self._spans, self.windows = list(spans), list(spans.values()), []
+        for number, (start, room) in enumerate(self._spans):
+            self.windows += [(number, s) for s in spread(start, room, seconds)[0]]
+
+    def _random(self, i, rng):
+        start, room = self._spans[self.windows[i][0]]
+        place, coin = rng.random(2)
+        return start + place * room, coin < self.flip
 
 
 def scaling(shown: Sequence[float], size: Sequence[int], fit: str) -> float:

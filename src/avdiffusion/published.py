@@ -48,6 +48,8 @@ class Pairs:
         """`weight` is the published shape behind the two channel axes."""
         for kind in ("weight", "bias"):
             ours = f"{self.names[module]}.{kind}"
+            if ours not in self.tensors:  # it has no bias
+                continue
             shape = tuple(self.tensors[ours][rows].shape)
             shape = (*shape[:2], *weight) if kind == "weight" else shape
             yield Entry(f"{published}.{kind}", shape, ours, rows)

@@ -109,7 +109,7 @@ def evaluate(config: DictConfig) -> None:
 
 def refuse_conditioned(ckpt: str, system: DiffusionSystem) -> None:
     """Raises ValueError for a model that makes its samples of clips, which have to be given."""
-    if system.model.conditioner is not None:
+    if system.remakes:
         raise ValueError(
             f"{ckpt} makes clips of others, and is judged by what it makes of them: "
             f"python sample.py ckpt={ckpt} given=CLIPS out=OUT, then python evaluate.py "

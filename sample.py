@@ -8,6 +8,8 @@ python sample.py ckpt=RUN_FOLDER "guide=[stored,reconstruct]" seconds=10
 python sample.py ckpt=RUN_FOLDER num=1024 precision=bf16-mixed compile=true reuse.interval=2
 python sample.py "ckpt=[base.ckpt,sr.ckpt]" sr_sampler=dpm_solver_2m sr_sampler.steps=10
 python sample.py ckpt=sr.ckpt given=CLIPS                 # existing clips at a higher resolution
+python sample.py ckpt=v2v.ckpt given=CLIP.mp4             # or restored
+python sample.py ckpt=diffgen.ckpt text="a dog barking" num=4
 torchrun --nproc_per_node=4 sample.py ckpt=RUN_FOLDER num=1024
 """
 
@@ -31,8 +33,8 @@ from avdiffusion.diffusion.noise import key
 from avdiffusion.media import Media
 from avdiffusion.restore import Existing, restore
 from avdiffusion.spread import gathered, share
-from avdiffusion.systems.diffusion import DiffusionSystem, Samples
 from avdiffusion.systems.step import Step
+from avdiffusion.systems.system import Samples, System
 from avdiffusion.writer import Behind, ClipWriter, Kept
 
 log = logging.getLogger("avdiffusion")
@@ -53,6 +55,8 @@ def sample(config: DictConfig) -> None:
         )
     samplers = ["sampler", *["sr_sampler"] * len(paths)]
     systems = [loaded(config, *each) for each in zip(paths, samplers, strict=False)]
+    if config.decoding_steps is not None:
+        decode(systems[0], config.decoding_steps)
     step = Step(
         precision=config.precision,
         compile=config.compile,
@@ -77,12 +81,12 @@ def listed(ckpt: object) -> list:
     return list(ckpt) if isinstance(ckpt, ListConfig) else [ckpt]
 
 
-def takes(system: DiffusionSystem) -> bool:
+def takes(system: System) -> bool:
     """Whether it makes clips of others."""
-    return system.model.conditioner is not None
+    return system.remakes is not None
 
 
-def loaded(config: DictConfig, path: Path, sampler: str) -> DiffusionSystem:
+def loaded(config: DictConfig, path: Path, sampler: str) -> System:
     """The system of a checkpoint; its guides are of the first alone to be replaced."""
     chosen = {"sampler": config[sampler]}
     if sampler == "sampler":
@@ -91,6 +95,14 @@ def loaded(config: DictConfig, path: Path, sampler: str) -> DiffusionSystem:
     if WORLD > 1 and device is None and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return checkpoint.load(path, trust=config.trust, device=device, replace=chosen)
+
+
+def decode(system: System, steps: int) -> None:
+    """Sets how many steps the codec of a system takes that decodes by sampling."""
+    codec = getattr(system, "codec", None)
+    if not hasattr(codec, "sampler"):
+        raise ValueError(f"decoding_steps={steps}, but this model's clips are not decoded by steps")
+    codec.sampler = replace(codec.sampler, steps=steps)
 
 
 def settings(config: DictConfig, paths: list, systems: list, step: Step) -> dict:
@@ -119,13 +131,13 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
     """Samples of the first system, which those after it make larger in turn."""
     system, finer = systems[0], systems[1:]
     trained = system.config["data"].get("train") or {}
-    given = parts(config, system)
-    num = config.num if config.num is not None else len(given) if given else 16
+    given, texts = parts(config, system), told(config)
+    num = len(given or texts or range(16)) if config.num is None else config.num
     index = list(range(num)) if config.index is None else list(config.index)
     if not index or not all(isinstance(i, int) and i >= 0 for i in index):
         raise ValueError(f"num={num} and index={config.index} name no samples: 0, 1, 2, ...")
     for each in finer if given else ():
-        modality = each.model.conditioner.modality
+        modality = each.remakes.modality
         if any(modality in given.source(i)["whole"] for i in index):
             raise ValueError(
                 f"the {modality} of given clips is kept as it is: there is nothing for a second "
@@ -136,14 +148,15 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
         "given": given,
         "seconds": config.seconds if given is None else None,
         "overlap": config.overlap,
+        "told": texts and (lambda numbers: {"text": [texts[i % len(texts)] for i in numbers]}),
         "micro_batch": config.micro_batch,
         "step": step,
     }
     system.samples([], **options)  # what is wrong with them is said before anything is written
     made = set(system.shapes)
     for each, name in zip(finer, paths[1:], strict=True):
-        if each.model.conditioner.modality not in made:
-            raise ValueError(f"{name} makes {each.model.conditioner.modality} larger, not {made}")
+        if each.remakes.modality not in made:
+            raise ValueError(f"{name} makes {each.remakes.modality} larger, not {made}")
     out = folder(config, paths)
     if given and config.given and Path(config.given).resolve() in out.resolve().parents:
         raise ValueError(
@@ -199,7 +212,9 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
         made = refined(made, finer, seed=config.seed, step=step, progress=progress)
         for (group, clips, calls), base in gathered(made, WORLD):
             if writer:
-                add(group, clips, given and [Kept(**given.source(i)) for i in group], base)
+                kept = given and [Kept(**given.source(i)) for i in group]
+                said = texts and [texts[i % len(texts)] for i in group]
+                add(group, clips, kept, base, said)
             evaluations += [calls] * len(group)
             bar.update(len(group))
     if WORLD > 1:
@@ -213,7 +228,7 @@ def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None
 
 def refined(
     made: Iterator[Samples],
-    systems: Sequence[DiffusionSystem],
+    systems: Sequence[System],
     *,
     seed: int,
     step: Step,
@@ -228,7 +243,7 @@ def refined(
             # One at a time: whatever others are made, a sample stays the same.
             parts = []
             for k, i in enumerate(group):
-                source = system.model.conditioner.batch(clips.map(lambda v, k=k: v[k : k + 1]))
+                source = system.remakes.batch(clips.map(lambda v, k=k: v[k : k + 1]))
                 parts.append(
                     system.conditioned(source, [i], seed=own, step=step, progress=progress)
                 )
@@ -237,9 +252,9 @@ def refined(
         yield Samples(group, clips, calls), base if systems else None
 
 
-def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) -> None:
+def remake(config: DictConfig, path: Path, system: System, step: Step) -> None:
     """What a system makes of existing clips, each as long as it is and with its own sound."""
-    for name in ("num", "index", "known", "fit", "seconds", "overlap"):
+    for name in ("num", "index", "known", "fit", "seconds", "overlap", "text"):
         if config[name] is not None:
             raise ValueError(f"{path.name} makes a clip of each given one: leave out {name}=")
     if config.layout != "flat":
@@ -249,7 +264,8 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
             f"{path.name} makes clips of others: give them with given=DIR, or the checkpoint of a "
             'model that makes them, "ckpt=[BASE,' + f'{path.name}]"'
         )
-    existing = Existing(config.given, folder(config, [path]))
+    modality = system.remakes.modality
+    existing = Existing(config.given, folder(config, [path]), modality=modality)
     missing = []
     if RANK == 0:
         chosen = settings(config, [path], [system], step)
@@ -266,8 +282,11 @@ def remake(config: DictConfig, path: Path, system: DiffusionSystem, step: Step) 
         distributed.broadcast_object_list(shared)
         missing = shared[0]
     step = replace(step, capture=bool(config.capture))  # each size of clips would keep a graph
-    options = {"seed": config.seed, "step": step, "frames": config.frames_at_once or 16}
-    with tqdm(unit="frame", disable=None if not RANK else True) as bar:
+    framewise = getattr(system.model.net, "framewise", False)
+    frames = (config.frames_at_once or 16) if framewise else system.shapes[modality][1]
+    options = {"seed": config.seed, "step": step, "frames": frames}
+    unit = "frame" if modality == "video" else "clip"
+    with tqdm(unit=unit, disable=None if not RANK else True) as bar:
         for i in missing[RANK::WORLD]:
             bar.set_description(Path(existing.files[i]).name)
             source, number = existing.root / existing.files[i], key("clip", existing.files[i])
@@ -308,9 +327,19 @@ def parts(config: DictConfig, system) -> Given | None:
     )
 
 
+def told(config: DictConfig) -> list[str] | None:
+    """The texts that samples are made of, in turn."""
+    texts = [config.text] if isinstance(config.text, str) else config.text
+    if texts is None:
+        return None
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"text={config.text} is no text, nor a list of some")
+    return list(texts)
+
+
 def asked(config: DictConfig) -> dict:
     """What samples depend on besides the model, where it was set."""
-    names = ("given", "known", "fit", "seconds", "overlap")
+    names = ("given", "known", "fit", "seconds", "overlap", "text", "decoding_steps")
     settings = OmegaConf.to_container(OmegaConf.masked_copy(config, list(names)))
     return {name: value for name, value in settings.items() if value is not None}
 

@@ -42,7 +42,7 @@ def train(config: DictConfig) -> float | None:
     first = rank_zero_only.rank == 0
     if not first:
         log.setLevel(logging.ERROR)
-    folder, plain = Path(config.paths.run), checkpoint.plain(config)
+    folder = Path(config.paths.run)
     resume = begin = None
     if config.ckpt == "auto":
         begun = (folder / run_folder.CONFIG).is_file()
@@ -65,6 +65,8 @@ def train(config: DictConfig) -> float | None:
                     f"{resume} holds weights to sample with, but no state to train on from"
                 )
             begin, resume = resume, None
+        elif config.init.codec.system:
+            raise ValueError("ckpt= holds the codec already: leave out init.codec.system=")
     if config.init.diffusion and resume is None:
         begin = checkpoint.find(config.init.diffusion, config.paths.runs)
 
@@ -72,10 +74,14 @@ def train(config: DictConfig) -> float | None:
     if first and run_folder.checkpoints(folder) and not in_place:
         raise ValueError(f"{folder} already holds a run: go on with ckpt=auto, or give another")
 
+    grafted = checkpoint.graft(config, resume)
+    plain = checkpoint.plain(config)
     data = checkpoint.build(config.data)
     system = checkpoint.build(config.model)
     if begin:
         begin_with(begin, system)
+    if grafted:
+        checkpoint.pour(grafted, system)
     system.save_hyperparameters(plain)
     callbacks = checkpoint.build(config.callbacks)
     trainer = checkpoint.build(
@@ -129,7 +135,7 @@ def begin_with(ckpt: Path, system: pl.LightningModule) -> None:
     begin, weights = "ema.ema_model.", checkpoint.read(ckpt, mmap=True)["state_dict"]
     own = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
     try:
-        for each in system.modules():
+        for each in (system.model, *system.ema.modules()):
             if isinstance(each, type(system.model)):
                 each.load_state_dict(own)
     except RuntimeError as error:

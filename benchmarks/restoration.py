@@ -127,7 +127,7 @@ def main(words=None):
     config = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli(sys.argv[1:] if words is None else words))
     path = checkpoint.find(config.ckpt)
     system = checkpoint.load(path, trust=config.trust, device=config.device)
-    if system.model.conditioner is None:
+    if not system.remakes:
         raise SystemExit(f"error: {path} makes clips of its own, not larger ones of others")
     out = Path(config.out or path.parent.parent / "restoration")
     out.mkdir(parents=True, exist_ok=True)

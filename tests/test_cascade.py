@@ -105,7 +105,7 @@ def test_every_model_of_a_cascade_has_noise_of_its_own():
     refined, seeds = runpy.run_path(str(ROOT / "sample.py"))["refined"], []
 
     class Larger:
-        model = SimpleNamespace(conditioner=SimpleNamespace(batch=dict))
+        remakes = SimpleNamespace(batch=dict)
 
         def conditioned(self, batch, index, *, seed, step, progress):
             seeds.append(seed)

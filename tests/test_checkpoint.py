@@ -589,6 +589,7 @@ def test_trusted_code_of_ours_touches_no_files_and_runs_no_names():
         "hashlib",
         "importlib",
         "itertools",
+        "logging",
         "math",
         "numpy",
         "pytorch_lightning",

@@ -1,6 +1,7 @@
 """What `python -m avdiffusion.plan` says, against other countings."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,8 +141,9 @@ def test_bf16_runs_the_network_in_bf16():
 
 def test_evaluations_are_counted():
     path = DiscreteVP()
-    assert plan.evaluations(DDIM(steps=7), path) == 7
-    assert plan.evaluations(Heun(steps=7), path) == 13
+    for sampler, count in ((DDIM(steps=7), 7), (Heun(steps=7), 13), (None, 1)):
+        system = SimpleNamespace(sampler=sampler, model=SimpleNamespace(path=path))
+        assert plan.evaluations(system) == count
 
 
 def test_what_does_not_fit_is_said_with_what_to_set(monkeypatch):

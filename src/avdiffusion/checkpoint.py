@@ -21,11 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from avdiffusion.sweep import Point, PointFailed, ended
-from avdiffusion.systems.diffusion import FORMAT, DiffusionSystem
+from avdiffusion.systems.system import FORMAT, System
 from avdiffusion.trust import objections
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -161,7 +161,7 @@ def load(
     trust: bool = False,
     device: str | None = None,
     replace: dict[str, Any] | None = None,
-) -> DiffusionSystem:
+) -> System:
     """The system a checkpoint describes, with its weights, ready to sample.
 
     The stored config may build only what `trust.objections` has nothing against; `trust=True` lifts
@@ -170,23 +170,18 @@ def load(
     """
     stored = read(ckpt)
     config = stored["hyper_parameters"]
-    for objection in objections({part: config[part] for part in BUILT}):
-        if not trust:
-            raise CheckpointError(
-                f"{ckpt} is refused: {objection}. If you know where the file is from, allow that "
-                "with trust=true"
-            )
-        log.warning("%s is trusted, although %s", ckpt, objection)
+    judge(ckpt, {part: config[part] for part in BUILT}, trust=trust)
     for name, place in (("sampler", "sampler"), ("guide", "guides")):
         if name in (replace or {}):
             config[name] = merged(config[name], replace[name], name)
-        config["model"][place] = config[name]
+        if place in config["model"]:
+            config["model"][place] = config[name]
     try:
         system = build(config["model"])
     except (HydraException, OmegaConfBaseException, TypeError, AttributeError) as error:
         raise CheckpointError(f"{ckpt} describes no model: {message(error)}") from error
-    if not isinstance(system, DiffusionSystem):
-        raise CheckpointError(f"{ckpt} describes a {type(system).__name__}, not a DiffusionSystem")
+    if not isinstance(system, System):
+        raise CheckpointError(f"{ckpt} describes a {type(system).__name__}, which is no system")
     try:
         system.load_state_dict(stored["state_dict"])
     except (RuntimeError, LookupError, TypeError, AttributeError) as error:
@@ -194,6 +189,54 @@ def load(
     system.config = config
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return system.eval().to(device)
+
+
+def judge(ckpt: str | Path, config: dict, *, trust: bool) -> None:
+    """Raises CheckpointError if a stored config would build what is not ours, unless trusted."""
+    for objection in objections(config):
+        if not trust:
+            raise CheckpointError(
+                f"{ckpt} is refused: {objection}. If you know where the file is from, allow that "
+                "with trust=true"
+            )
+        log.warning("%s is trusted, although %s", ckpt, objection)
+
+
+def graft(config: DictConfig, resume: str | Path | None = None) -> Path | None:
+    """Puts another system's config where a latent model needs it, `model.codec.system`.
+
+    It is that of the checkpoint `init.codec.system` names, which is returned: `pour` brings its
+    weights. A run that goes on has both in its own checkpoint, `resume`.
+    """
+    codec = config.model.get("codec") or {}
+    if "system" not in codec or codec.system is not None:
+        return None
+    given = config.init.codec.system
+    if resume is None and given is None:
+        raise CheckpointError(
+            f"{config.name} works on what another model encodes: train that first, then give its "
+            "checkpoint as init.codec.system=CKPT"
+        )
+    path = find(resume or given, config.paths.runs)
+    stored = read(path, mmap=True)["hyper_parameters"]
+    part = stored["model"] if resume is None else stored["model"]["codec"]["system"]
+    judge(path, {"model": part}, trust=False)
+    for name in ("sample_rate", "channels"):
+        there, here = (each["data"].get(name) for each in (stored, config))
+        if there != here:
+            raise CheckpointError(
+                f"{path} was trained with data.{name}={there}, this is data.{name}={here}"
+            )
+    with open_dict(config):
+        config.model.codec.system = part
+    return path if resume is None else None
+
+
+def pour(path: Path, system: System) -> None:
+    """Puts the averaged weights of the checkpoint that was grafted into a system's codec."""
+    weights, begin = read(path, mmap=True)["state_dict"], "ema.ema_model."
+    own = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
+    system.codec.model.load_state_dict(own)
 
 
 def merged(stored: dict, given: Any, name: str) -> dict:

@@ -125,7 +125,7 @@ def fill(
 
     All of them then share their memory, and so does what is saved of them.
     """
-    net, clip = system.model.net, system.latent(1).values()
+    net = system.model.net
     if not isinstance(net, layout.net):
         raise CheckpointError(
             f"{NET} is a {type(net).__name__}, the weights are of a {layout.net.__name__}: "
@@ -136,21 +136,14 @@ def fill(
     except OtherWeights as error:
         text = f"{source} does not hold the network of this config\n{error}"
         raise OtherWeights("\n".join([text, *advice(found, config, layout)])) from None
-    if net.takes != [value.shape[1] for value in clip]:
-        raise CheckpointError(
-            f"the network takes {_both(net.takes)} channels of "
-            f"{' and '.join(('picture', 'sound')[: len(net.takes)])}, this config gives it "
-            f"{_both(value.shape[1] for value in clip)}: give {layout.experiments}, or change "
-            "model/codec or data.channels"
-        )
     if isinstance(net, CoupledUNet):  # the other takes frames of any size
-        net.check(*clip, None)
+        net.check(*system.latent(1).values(), None)
     broken = [key for key, value in found.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
             f"{source} holds NaN or infinity in {len(broken)} tensors, such as {broken[0]}"
         )
-    for each in system.modules():
+    for each in (*system.model.modules(), *system.ema.modules()):
         if isinstance(each, layout.net):
             each.load_state_dict(state, assign=True)
 
@@ -217,10 +210,6 @@ def advice(found: Mapping[str, Tensor], config: dict, layout: Layout) -> list[st
     if number != len(given.get("cross_attention_windows", ())):
         text += f", and {number} {NET}.cross_attention_windows"
     return [text]
-
-
-def _both(numbers):
-    return " and ".join(map(str, numbers))
 
 
 def _comparable(value):

@@ -27,8 +27,8 @@ from avdiffusion.compiled import compile_in_place
 from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.noise import Noise
 from avdiffusion.memory import advice, keep_freed, ran_out
-from avdiffusion.samplers.sampler import Sampler, last
-from avdiffusion.systems.diffusion import DiffusionSystem
+from avdiffusion.samplers.sampler import last
+from avdiffusion.systems.system import System, empty
 
 PARTS = ("copy", "forward", "backward", "optimizer", "average")
 DTYPES = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -46,7 +46,7 @@ class Trial:
             raise ValueError(f"trainer.precision={precision} is none of {', '.join(DTYPES)}")
         self.dtype, self.device = DTYPES[precision], device
         self.clip = config["trainer"]["gradient_clip_val"]
-        self.system: DiffusionSystem = checkpoint.build(config["model"]).to(device)
+        self.system: System = checkpoint.build(config["model"]).to(device)
         found = self.system.configure_optimizers()
         self.optimizer = found["optimizer"] if isinstance(found, dict) else found
         compile_in_place(self.system.model.net, config["compile"], device.type)
@@ -59,8 +59,7 @@ class Trial:
             value = torch.randint(low, high, (count, *shape), generator=generator)
             value = value.to(dtype or torch.int16)
             batch[name] = value
-        for name, shape in taken(self.system).items():
-            batch[name] = torch.rand(count, *shape, generator=generator) * 2 - 1
+        batch |= blank(self.system, count)
         if self.device.type == "cuda":
             batch = {name: value.pin_memory() for name, value in batch.items()}
         return {**batch, "position": list(range(count))}
@@ -92,14 +91,11 @@ class Trial:
         return spans
 
     def sample(self, count: int) -> float:
-        """Seconds of one evaluation of the averaged model for `count` clips."""
-        system, t = self.system, torch.tensor(0.5, dtype=torch.float64)
-        x = system.latent(count).map(torch.zeros_like)
-        model = system.ema.ema_model.eval()
-        cond = model.condition({k: self._moved(v) for k, v in self.clips(count).items()})
+        """Seconds of one evaluation of the model for `count` clips."""
+        batch = {k: self._moved(v) for k, v in self.clips(count).items()}
         with torch.no_grad():
             start = self._mark()
-            model.predict(x, t, cond | system.shifts("sample", 0, 0.5))
+            self.system.once(batch)
             end = self._mark()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -121,10 +117,10 @@ class Trial:
         return event
 
 
-def taken(system: DiffusionSystem) -> dict[str, list[int]]:
-    """The shapes of what a batch has besides what is made of it."""
-    conditioner = system.model.conditioner
-    return {} if conditioner is None else conditioner.taken(system.shapes)
+def blank(system: System, count: int) -> dict[str, Tensor]:
+    """What a batch has besides the clips that are learned from."""
+    conditioner = getattr(system.model, "conditioner", None)
+    return {} if conditioner is None else conditioner.blank(count, system.shapes)
 
 
 def seconds(start: Any, end: Any) -> float:
@@ -141,20 +137,20 @@ def flops(config: Mapping[str, Any]) -> tuple[int, int]:
     """Operations of one clip: a forward pass, and that with the backward pass; nothing computed."""
     with torch.device("meta"):
         system = checkpoint.build(config["model"]).to("meta")
-        net, x = system.model.net, system.latent(1)
-        batch = {name: torch.empty(1, *shape) for name, shape in taken(system).items()}
-        cond, counts = system.model.condition(batch), []
+        batch, counts = {**empty(1, system.shapes, "meta"), **blank(system, 1)}, []
         for train in (False, True):
             with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
-                out = net(*x.values(), time=torch.zeros(1), **cond)
+                out = system.once(batch)
                 if train:
                     sum(each.sum() for each in out).backward()
             counts.append(counter.get_total_flops())
     return counts[0], counts[1]
 
 
-def evaluations(sampler: Sampler, path: Any) -> int:
-    """How often a sampler asks the network, found by a run over nothing."""
+def evaluations(system: System) -> int:
+    """How often the network is asked for a sample, found by a sampler's run over nothing."""
+    if system.sampler is None:
+        return 1
     calls = 0
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
@@ -162,7 +158,7 @@ def evaluations(sampler: Sampler, path: Any) -> int:
         calls += 1
         return Prediction(torch.zeros_like(x), x, None)
 
-    last(sampler(denoise, torch.ones(1, 1), path, noise=Noise(0, [0])))
+    last(system.sampler(denoise, torch.ones(1, 1), system.model.path, noise=Noise(0, [0])))
     return calls
 
 
@@ -241,7 +237,7 @@ def measure(config: Mapping[str, Any], device: torch.device, devices: int = 1) -
         "spans": spans,
         "memory": memory,
         "evaluation": evaluation,
-        "evaluations": evaluations(system.sampler, system.model.path),
+        "evaluations": evaluations(system),
     }
 
 
@@ -304,6 +300,7 @@ def _run(given: argparse.Namespace) -> None:
     # What is not looked at, and has no default where an experiment needs data of one's own.
     needed = ["data.root=."] if not any("data.root=" in w for w in given.overrides) else []
     config = checkpoint.compose([*given.overrides, *needed, "paths.run=."])
+    checkpoint.graft(config)
     device = torch.device("cuda" if wants_cuda(config) else "cpu")
     for name in ("pytorch_lightning", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)

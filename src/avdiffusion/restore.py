@@ -9,32 +9,33 @@ import numpy as np
 import torch
 
 from avdiffusion.data.given import entries_of
-from avdiffusion.io import MediaError
+from avdiffusion.io import MediaError, read_clip, write_wav
 from avdiffusion.media import Media
 from avdiffusion.stream import CONTAINERS, place, rewrite
-from avdiffusion.systems.diffusion import DiffusionSystem
-from avdiffusion.writer import pixels, write_whole
+from avdiffusion.systems.system import System
+from avdiffusion.writer import pixels, sound, write_whole
 
 RECORD = "restored.json"
+SOUND = ".wav"
 
 
 class Existing:
     """The clips at `path`, a file or a folder with all below it, and where in `out` each goes.
 
     `files` are names below `root`, in order; `targets` have the same names but for their suffix,
-    so that both can be compared.
+    so that both can be compared. `modality` is what they have to have.
     """
 
-    def __init__(self, path: str | Path, out: str | Path):
+    def __init__(self, path: str | Path, out: str | Path, *, modality: str = "video"):
         entries, self.ignored = entries_of(Path(path).expanduser())
         self.root, self.out = entries[0][0], Path(out)
-        bad = {entry.path: entry.problem(["video"], 0) for _, entry in entries}
+        bad = {entry.path: entry.problem([modality], 0) for _, entry in entries}
         bad = [MediaError(reason, str(self.root / name)) for name, reason in bad.items() if reason]
         if bad:
             more = f"; {len(bad) - 1} more of {len(entries)} files" if len(bad) > 1 else ""
             raise ValueError(f"{bad[0]}{more}: take them out of {path}, or give a single file")
         self.files = [entry.path for _, entry in entries]
-        self.targets = [place(self.root / name, self.out / name) for name in self.files]
+        self.targets = [self._target(name, modality) for name in self.files]
         for stem, names in groupby(sorted(self.targets), lambda file: file.with_suffix("")):
             if len(list(names)) > 1:
                 raise ValueError(f"{path} holds several clips named {stem.name}: give them apart")
@@ -43,6 +44,11 @@ class Existing:
         within = Path(path).expanduser().is_dir() and here in (results, *results.parents)
         if within or any(target.resolve() in sources for target in self.targets):
             raise ValueError(f"out={out} is where the clips are: results need another folder")
+
+    def _target(self, name, modality):
+        if modality == "audio":
+            return (self.out / name).with_suffix(SOUND)
+        return place(self.root / name, self.out / name)
 
     def claim(self, settings: Mapping[str, object], *, overwrite: bool) -> list[int]:
         """The numbers of clips still to be made, in a folder for results of these settings alone.
@@ -76,7 +82,7 @@ class Existing:
     def _holds_clips(self):
         """Whether an earlier run came to anything, whichever clips it was given."""
         files = (file for file in self.out.rglob("*") if not file.name.startswith("."))
-        return any(file.suffix in CONTAINERS for file in files)
+        return any(file.suffix in (*CONTAINERS, SOUND) for file in files)
 
     def _refuse(self, what):
         raise ValueError(
@@ -86,7 +92,7 @@ class Existing:
 
 
 def restore(
-    system: DiffusionSystem,
+    system: System,
     source: Path,
     target: Path,
     *,
@@ -95,17 +101,27 @@ def restore(
     progress: Callable[[int], object] | None = None,
     **options: object,
 ) -> None:
-    """Writes `source` with the picture that a conditioned system makes of it, as sample `index`.
+    """Writes `source` with the picture that a system makes of it, as sample `index`, or its sound.
 
-    It is given `frames` at a time; `options` are those of `DiffusionSystem.conditioned`.
+    Pictures are given to it `frames` at a time, sound as a whole; `options` are those of
+    `DiffusionSystem.conditioned`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    if system.remakes.modality == "audio":
+        rate, channels = int(system.rates["audio"]), system.shapes["audio"][0]
+        heard = read_clip(source, sample_rate=rate, channels=channels, modalities=["audio"])
+        clip = Media(audio=torch.from_numpy(heard["audio"])[None])
+        made = system.conditioned(system.remakes.batch(clip), [index], **options)
+        write_wav(target, sound(made.clips["audio"][0]), sample_rate=rate)
+        if progress:
+            progress(1)
+        return
     start = 0
 
     def change(video: np.ndarray) -> np.ndarray:
         nonlocal start
         clip = Media(video=torch.from_numpy(video)[None].float() / 127.5 - 1)
-        batch = system.model.conditioner.batch(clip)
+        batch = system.remakes.batch(clip)
         made = system.conditioned(batch, [index], start=start, **options)
         start += video.shape[1]
         return pixels(made.clips["video"][0])

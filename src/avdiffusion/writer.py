@@ -87,17 +87,20 @@ class ClipWriter:
         media: Mapping[str, Tensor],
         kept: Sequence[Kept | None] | None = None,
         base: Mapping[str, Tensor] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         """Writes a batch: video [B, 3, T, H, W], audio [B, C, L], both in [-1, 1].
 
         Values outside are clipped and their share is recorded. `kept`: what was given of each.
-        `base`: what the first of several stages made of them.
+        `base`: what the first of several stages made of them. `texts`: what each is of.
         """
         self.scores = {}  # of fewer samples
         for k, index in enumerate(indices):
             clip = {name: value[k] for name, value in media.items()}
             first = clip if base is None else {name: value[k] for name, value in base.items()}
             self._write(index, clip, kept[k] if kept else None, first)
+            if texts:
+                self.samples[index]["text"] = texts[k]
         self._record()
 
     def finish(
@@ -121,9 +124,12 @@ class ClipWriter:
     def entries(self) -> list[Entry]:
         """All samples of the folder, in order, as a page shows them."""
         seed = f"seed {self.settings['seed']}" if "seed" in self.settings else ""
-        return [
-            Entry(f"{i:06d}", seed, self._player(i), self._strip(i)) for i in sorted(self.samples)
-        ]
+
+        def entry(i: int) -> Entry:
+            said = self.samples[i].get("text", seed)
+            return Entry(f"{i:06d}", said, self._player(i), self._strip(i))
+
+        return [entry(i) for i in sorted(self.samples)]
 
     def _write(self, index, media, kept, base):
         outside = {name: ~(value.abs() <= 1) for name, value in media.items()}  # NaN too

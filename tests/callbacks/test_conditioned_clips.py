@@ -105,7 +105,7 @@ def test_samples_are_made_of_held_out_clips_and_compared_with_them(tmp_path, cap
         found = Mean(Restoration())({"video": video}, {"video": FPS}, targets={"video": target})
         return found | Mean(Flicker())({"video": video}, {"video": FPS})
 
-    plain = system.model.conditioner.baseline({"low_res": low})["video"]
+    plain = system.remakes.baseline({"low_res": low})["video"]
     names = {"psnr", "psnr_pooled", "psnr_identical", "ssim", "flicker_error", "flicker"}
     for end, clip in (("", video), ("_baseline", pixels(plain))):
         found = expected(clip)
@@ -130,7 +130,7 @@ def test_bicubic_enlargement_is_that_of_another_library():
     cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
     low = rng.uniform(-1.1, 1.1, (2, 3, 3, 9, 7)).astype(np.float32)
-    baseline = sr_system(scale=3).model.conditioner.baseline({"low_res": torch.from_numpy(low)})
+    baseline = sr_system(scale=3).remakes.baseline({"low_res": torch.from_numpy(low)})
     assert baseline["video"].shape == (2, 3, 3, 27, 21)
     for b, t in ((0, 0), (1, 2)):
         one = cv2.resize(low[b, :, t].transpose(1, 2, 0), (21, 27), interpolation=cv2.INTER_CUBIC)

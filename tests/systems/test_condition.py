@@ -32,7 +32,7 @@ NEAR = {"rtol": 1e-4, "atol": 1e-4}  # of the largest values, about 1
 )
 def test_low_resolution_is_brought_to_the_higher_one(scale, height, width, frames):
     batch, conditioner = low_res(2, frames, height, width), LowRes(scale=scale)
-    concat = conditioner(batch)["concat"]
+    concat = conditioner(batch, None)["concat"]
     shape = conditioner.shapes(batch, {"video": [3, 1, 64, 64]})["video"]
     assert list(concat.shape) == [2, *shape]
     assert shape == [3, frames, round(scale * height), round(scale * width)]
@@ -50,7 +50,7 @@ def test_low_resolution_is_brought_to_the_higher_one(scale, height, width, frame
 
 def test_a_batch_without_the_condition_is_named():
     with pytest.raises(ValueError, match=r"no 'low_res'.*holds \['video'\]"):
-        LowRes()({"video": torch.zeros(1)})
+        LowRes()({"video": torch.zeros(1)}, None)
     with pytest.raises(ValueError, match=r"scale=0\.5"):
         LowRes(scale=0.5)
 

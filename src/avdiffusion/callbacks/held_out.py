@@ -1,11 +1,11 @@
 """What a model that makes clips of others makes of held-out ones, beside what it should have made.
 
-Such a system has a `model.conditioner`; see `systems.condition.LowRes` for what that is asked.
+Such a system has `remakes`; see `systems.condition.Remakes` for what that is asked.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -15,33 +15,40 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from avdiffusion.strip import contact_sheet
-from avdiffusion.writer import pixels
+from avdiffusion.strip import contact_sheet, strip
+from avdiffusion.writer import pixels, sound
 
 SHOWN = 4  # samples of a comparison
 SIZE = 256  # pixels of width that it enlarges frames to
 
 
-def conditioner(system: pl.LightningModule) -> object | None:
-    """What tells a system's network of the clips it is given; None if it makes its own."""
-    return getattr(getattr(system, "model", None), "conditioner", None)
+def remakes(system: pl.LightningModule) -> Any:
+    """What says of which clips a system makes its own; None if of none."""
+    return getattr(system, "remakes", None)
+
+
+def told(system: pl.LightningModule) -> bool:
+    """Whether a system has to be told of something to make a clip: of another clip, or a text."""
+    conditioner = getattr(getattr(system, "model", None), "conditioner", None)
+    return remakes(system) is not None or conditioner is not None
 
 
 class Beside(NamedTuple):
     """Clips beside samples 0 to n - 1: what these are made of, that without the model, the truth.
 
-    Each is name to uint8 or float in [-1, 1]; `name` is what the second is called.
+    Each is name to integers or float in [-1, 1]; `name` is what the second is called.
     """
 
     given: Mapping[str, Tensor]
     baseline: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
     name: str
+    rates: Mapping[str, float]
 
     def comparison(self, made: Mapping[str, np.ndarray]) -> Image.Image:
-        """The middle frames of the first samples, a row for each, with those beside them.
+        """Middle frames or spectrograms of the first samples, a row for each, and of those beside.
 
-        All are brought to the size of the targets by repeating pixels, small ones to a multiple.
+        Frames get the size of the targets by repeating pixels, small ones a multiple of it.
         """
         kinds = {
             "given": self.given,
@@ -49,17 +56,24 @@ class Beside(NamedTuple):
             "model": made,
             "target": self.targets,
         }
-        height, width = self.targets["video"].shape[-2:]
-        factor = max(1, SIZE // width)
         pictures, labels = [], []
         for name, clips in kinds.items():
-            for k, clip in enumerate(clips["video"][:SHOWN]):
-                clip = pixels(torch.as_tensor(clip))
-                frame = Image.fromarray(rearrange(clip[:, clip.shape[1] // 2], "c h w -> h w c"))
-                size = width * factor, height * factor
-                pictures.append(frame.resize(size, Image.Resampling.NEAREST))
+            for k in range(min(SHOWN, len(next(iter(made.values()))))):
+                clip = {kind: torch.as_tensor(values[k]) for kind, values in clips.items()}
+                show = self._frame if "video" in clip else self._heard
+                pictures.append(show(clip))
                 labels.append(f"{k:06d} {name}")
         return contact_sheet(pictures, labels, columns=len(kinds))
+
+    def _frame(self, clip: Mapping[str, Tensor]) -> Image.Image:
+        height, width = self.targets["video"].shape[-2:]
+        factor = max(1, SIZE // width)
+        shown = pixels(clip["video"])
+        frame = Image.fromarray(rearrange(shown[:, shown.shape[1] // 2], "c h w -> h w c"))
+        return frame.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+    def _heard(self, clip: Mapping[str, Tensor]) -> Image.Image:
+        return strip(None, sound(clip["audio"]), sample_rate=self.rates["audio"])
 
 
 class HeldOut:
@@ -82,15 +96,17 @@ class HeldOut:
             numbers = list(group)
             yield self.system.conditioned(self.batch(numbers), numbers, **options)
 
-    def beside(self, num: int) -> Beside:
-        """The same object as the last time if that was of as many samples."""
-        if self.kept[0] != num:
-            batch, told = self.batch(range(num)), conditioner(self.system)
+    def beside(self, num: int) -> Beside | None:
+        """The same object as the last time if that was of as many samples; None beside texts."""
+        source = remakes(self.system)
+        if source is not None and self.kept[0] != num:
+            batch = self.batch(range(num))
             beside = Beside(
-                given={told.modality: batch[told.takes]},
-                baseline=told.baseline(batch),
+                given={source.modality: batch[source.takes]},
+                baseline=source.baseline(batch),
                 targets={name: batch[name] for name in self.system.shapes},
-                name=told.baseline_name,
+                name=source.baseline_name,
+                rates=self.system.rates,
             )
             self.kept = num, beside
         return self.kept[1]

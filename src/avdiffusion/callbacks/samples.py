@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avdiffusion.callbacks.evolution import evolution
-from avdiffusion.callbacks.held_out import HeldOut, conditioner
+from avdiffusion.callbacks.held_out import HeldOut, remakes, told
 from avdiffusion.callbacks.loggers import Once
 from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.scores import Scorer, Scores, arrays
@@ -75,7 +75,7 @@ class SampleClips(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
-        if conditioner(system) is not None:
+        if told(system):
             self.held_out = HeldOut(getattr(trainer.datamodule, "val", None) or (), system)
             if trainer.is_global_zero and not self.held_out.data:
                 log.warning("no clips are sampled: there is no validation clip to make them of")
@@ -155,14 +155,14 @@ class SampleClips(pl.Callback):
 
     def _settings(self, trainer, system):
         """What the clips depend on."""
-        told = conditioner(system)
+        source = remakes(system)
         return {
             "step": trainer.global_step,
             "sampler": repr(system.sampler),
             "guides": [repr(guide) for guide in system.guides],
             "seed": self.seed,
             "micro_batch": self.micro_batch,
-            **({"baseline": told.baseline_name} if told else {}),
+            **({"baseline": source.baseline_name} if source else {}),
         }
 
     def _sampled(self, trainer, system, num) -> Iterator[tuple[list[int], dict[str, Tensor]]]:

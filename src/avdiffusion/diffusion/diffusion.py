@@ -25,9 +25,10 @@ class Diffusion(nn.Module):
     """A network, a path and what the network predicts on it; one code path for every modality.
 
     `net(*tensors, time=[B], **cond)` returns a tensor per modality (a tuple when there are
-    several). `conditioner(batch)` makes that `cond` of a batch, if there is a condition. With
-    `learned_variance` the network's channels hold the prediction, then the place of the log
-    variance between the small and the large one (Nichol and Dhariwal 2021, equation 15).
+    several). `conditioner(batch, encode)` makes that `cond` of a batch, if there is a condition;
+    `encode` brings clips to what is diffused. With `learned_variance` the network's channels hold
+    the prediction, then the place of the log variance between the small and the large one (Nichol
+    and Dhariwal 2021, equation 15).
     """
 
     def __init__(
@@ -62,9 +63,30 @@ class Diffusion(nn.Module):
                     f"{type(path).__name__}: use target=v or flow"
                 )
 
-    def condition(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What the network is told besides x and its time; nothing without a conditioner."""
-        return {} if self.conditioner is None else self.conditioner(batch)
+    def condition(
+        self,
+        batch: Mapping[str, Any],
+        encode: Callable[[Media], Media] = lambda clips: clips,
+        u: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the network is told besides x and its time; nothing without a conditioner.
+
+        With uniform numbers `u` [B], samples whose number is below the conditioner's `drop` are
+        told its `null` (Ho and Salimans 2022, section 3.2).
+        """
+        if self.conditioner is None:
+            return {}
+        cond = self.conditioner(batch, encode)
+        drop = getattr(self.conditioner, "drop", 0.0)
+        if u is None or not drop:
+            return cond
+        null = self.conditioner.null(cond)
+
+        def mixed(value: Tensor, none: Tensor) -> Tensor:
+            dropped = sent(u < drop, value.device).view(-1, *[1] * (value.dim() - 1))
+            return torch.where(dropped, none, value)
+
+        return {name: mixed(value, null[name]) for name, value in cond.items()}
 
     def loss(
         self,

@@ -99,6 +99,33 @@ class DiscreteVP:
         return self.steps * t - 1
 
 
+class CosineVP:
+    """The quarter circle alpha = cos(pi t / 2), sigma = sin(pi t / 2) (Salimans and Ho 2022).
+
+    At t = 1 there is no signal: a network predicts v. It is told `scale` t, 1000 t for sinusoids
+    of fixed frequencies; networks that learn these want t itself.
+    """
+
+    def __init__(self, *, scale: float = 1000.0, t_min: float = 1e-3):
+        self.scale, self.t_min, self.t_max = scale, t_min, 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        # as a sine, it is exactly 0 at t = 1
+        return torch.sin((1 - torch.as_tensor(t, dtype=torch.float64)) * (math.pi / 2))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(torch.as_tensor(t, dtype=torch.float64) * (math.pi / 2))
+
+    def lam(self, t: Tensor) -> Tensor:
+        return self.alpha(t).log() - self.sigma(t).log()
+
+    def time(self, lam: Tensor) -> Tensor:
+        return torch.atan(torch.exp(-torch.as_tensor(lam, dtype=torch.float64))) * (2 / math.pi)
+
+    def embed(self, t: Tensor) -> Tensor:
+        return self.scale * t
+
+
 class RectifiedFlow:
     """The straight path x_t = (1 - t) x0 + t eps (Liu et al. 2022)."""
 

@@ -7,10 +7,15 @@ from torch import Tensor, nn
 
 from avdiffusion.diffusion.noise import Noise, SharedNoise
 from avdiffusion.media import Media
+from avdiffusion.systems.system import empty
 
 
 class Identity(nn.Module):
     """Diffuses the data itself."""
+
+    def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Of what is diffused, one sample each, if clips have `shapes`."""
+        return {name: list(shape) for name, shape in shapes.items()}
 
     def encode(self, x: Media) -> Media:
         return x
@@ -19,7 +24,11 @@ class Identity(nn.Module):
         """Where what is diffused is known, if the data is there."""
         return known
 
-    def decode(self, z: Media) -> Media:
+    def decode(self, z: Media, noise: Noise) -> Media:
+        """Clips of what is diffused; they may be longer or larger than those encoded.
+
+        `noise` is of the samples, for codecs that draw.
+        """
         return z
 
     def noise(self, noise: Noise) -> Noise:
@@ -56,7 +65,11 @@ class Patches(Identity):
         super().__init__()
         self.patch, self.scale = dict(patch), dict(scale or {})
 
-    def decode(self, z: Media) -> Media:
+    def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        found = self.mask(empty(1, shapes, "meta"))
+        return {name: list(value.shape[1:]) for name, value in found.items()}
+
+    def decode(self, z: Media, noise: Noise) -> Media:
         return Media({name: self._unfold(name, v) for name, v in z.items()})
 
     def mask(self, known: Media) -> Media:

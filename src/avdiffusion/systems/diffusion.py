@@ -2,13 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from importlib.metadata import version
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.precision import Precision
 from torch import Tensor, nn
 
 from avdiffusion.diffusion.diffusion import Diffusion, Prediction
@@ -19,30 +16,20 @@ from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import Sampler
 from avdiffusion.systems.average import EMA, PowerEMA
 from avdiffusion.systems.codec import Identity
-from avdiffusion.systems.resume import rewind, settle
+from avdiffusion.systems.condition import Remakes
 from avdiffusion.systems.step import Step
+from avdiffusion.systems.system import Samples, System, empty, finite, unit
 from avdiffusion.systems.timeline import Blank, Part, Timeline
 
-FORMAT = 1  # of a checkpoint; raised when an older one can no longer be read as it is
 SHIFTS = ("none", "fixed", "seeded")
+Told = Callable[[Sequence[int]], Mapping[str, Any]]
 
 
-class Samples(NamedTuple):
-    """Samples by their numbers, and how often the network was asked for them."""
-
-    index: list[int]
-    clips: Media
-    evaluations: int
-
-
-class DiffusionSystem(pl.LightningModule):
+class DiffusionSystem(System):
     """A `Diffusion`, its moving average, and how the two are trained, validated and sampled.
 
-    `shapes`: what is generated, name to shape without batch, in the order of the network's inputs.
-    `rates`: steps a second of each modality (frames, samples), for who writes files.
-    `optimizer`, `ema`, `lr_schedule`: called with parameters, model, optimiser.
-    `codec`: between that and what is diffused; the data itself without one.
-    `weights`: factor of each modality's loss; 1 where none is given.
+    `shapes` are in the order of the network's inputs.
+    `codec`: between clips and what is diffused; the data itself without one.
     `sampler`, `guides`: what sampling uses unless told otherwise.
     `shift`: of cross-modal attention windows; "none" leaves them where they are, "fixed" moves each
     block's by a fixed amount, "seeded" draws one per step (Ruan et al. 2023, section 3.2.2).
@@ -65,48 +52,60 @@ class DiffusionSystem(pl.LightningModule):
         val_times: int = 4,
         seed: int = 0,
     ):
-        super().__init__()
         if shift not in SHIFTS:
             raise ValueError(f"shift={shift!r} is not one of {', '.join(SHIFTS)}")
         unknown = set(weights or {}) - set(shapes)
         if unknown:
             raise ValueError(f"weights for {sorted(unknown)}, but only {list(shapes)} is diffused")
-        self.model = diffusion
-        self.ema = ema(diffusion)
+        super().__init__(
+            diffusion,
+            shapes=shapes,
+            rates=rates,
+            optimizer=optimizer,
+            ema=ema,
+            lr_schedule=lr_schedule,
+            weights=weights,
+            seed=seed,
+        )
         self.codec = codec or Identity()
-        self.shapes, self.rates, self.weights = shapes, rates, weights or {}
-        self.optimizer, self.lr_schedule = optimizer, lr_schedule
         self.sampler, self.guides = sampler, list((guides or {}).values())
-        self.shift, self.val_times, self.seed = shift, val_times, seed
-        self.validated = 0  # the optimiser step of the last validation that was completed
+        self.shift, self.val_times = shift, val_times
+        taken = getattr(diffusion.net, "takes", None)
+        given = [shape[0] for shape in self.codec.shapes(shapes).values()]
+        if taken not in (None, given):
+            raise ValueError(
+                f"the network takes {taken} channels, and {list(shapes)} as they are diffused have "
+                f"{given}: set model.diffusion.net's channels, or another codec"
+            )
+
+    @property
+    def remakes(self) -> Remakes | None:
+        told = self.model.conditioner
+        return told if hasattr(told, "baseline") else None
 
     # ---------------------------------------------------------------- training
 
-    def training_step(self, batch: dict, _: int) -> dict:
-        """The loss, with `losses` (of each modality and sample [B]) and times `t` [B] beside it."""
-        found = self.training_loss(batch)
-        self.log_losses("train", found["losses"], len(found["t"]))
-        return found
-
     def training_loss(self, batch: dict) -> dict:
-        """What `training_step` returns, without a trainer that is told of it."""
-        # Dropout is the one thing that draws from torch's own generator; with this it, too, is a
-        # function of the position in training.
-        torch.manual_seed(key(self.seed, "layers", batch["position"][0]))
         x0 = self.encode(batch)
         noise = Noise(self.seed, batch["position"], "train", device=str(self.device))
         t = self.model.density(noise.uniform(), self.model.path)
-        cond = self.model.condition(batch) | self.shifts("train", self.global_step)
+        told = self.told(self.model, batch, noise.fork("condition").uniform())
+        cond = told | self.shifts("train", self.global_step)
         losses = self.model.loss(x0, cond, t=t, noise=noise.like(x0))
-        loss = self.total({name: value.mean() for name, value in losses.items()})
-        # A loss that is not finite has no finite gradient on any device.
-        loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+        loss = finite(self.total({name: value.mean() for name, value in losses.items()}))
         return {"loss": loss, "losses": {k: v.detach() for k, v in losses.items()}, "t": t}
+
+    def once(self, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        count = len(next(iter(batch.values())))
+        time = torch.zeros(count, device=self.device)
+        x = self.latent(count).map(torch.zeros_like)
+        out = self.model.net(*x.values(), time=time, **self.told(self.model, batch))
+        return out if isinstance(out, tuple) else (out,)
 
     def validation_step(self, batch: dict, _: int) -> None:
         """The averaged model's loss at fixed times and noises: comparable from step to step."""
         x0, path, model = self.encode(batch), self.model.path, self.ema.ema_model
-        index, times, told = batch["index"].tolist(), [], model.condition(batch)
+        index, times, told = batch["index"].tolist(), [], self.told(model, batch)
         for k in range(self.val_times):
             t = path.t_min + (path.t_max - path.t_min) * (k + 0.5) / self.val_times
             t = torch.full((len(index),), t, dtype=torch.float64)
@@ -118,43 +117,26 @@ class DiffusionSystem(pl.LightningModule):
         mean = {name: torch.stack([each[name] for each in times]).mean(0) for name in times[0]}
         self.log_losses("val", mean, len(index), sync_dist=True)
 
-    def log_losses(self, stage: str, losses: dict, count: int, **options) -> Tensor:
-        """Logs each modality's mean; returns (and logs) their weighted sum.
-
-        Loggers get means over all processes from the callback `Losses`, the bar reads these.
-        """
-        means = {name: value.mean() for name, value in losses.items()}
-        total = self.total(means)
-        logged = {f"{stage}/loss_{name}": value.detach() for name, value in means.items()}
-        logged[f"{stage}/loss"] = total.detach()
-        self.log_dict(logged, batch_size=count, logger=False, **options)
-        return total
-
-    def total(self, losses: dict) -> Tensor:
-        """The weighted sum of the modalities' mean losses."""
-        return sum(self.weights.get(n.removesuffix("_vb"), 1.0) * v for n, v in losses.items())
-
-    def encode(self, batch: dict) -> Media:
+    def encode(self, batch: Mapping[str, Any]) -> Media:
         """What is diffused of a batch: integers are pixels or PCM samples, floats in [-1, 1]."""
-        missing = [name for name in self.shapes if name not in batch]
-        if missing:
-            raise ValueError(f"the data has no {missing}: a batch holds {sorted(batch)}")
-        for name, shape in self.shapes.items():
-            if list(batch[name].shape[1:]) != list(shape):
-                raise ValueError(
-                    f"{name} comes as {list(batch[name].shape[1:])}, the model expects "
-                    f"{list(shape)}: give data and model the same frames, size and samples"
-                )
         with torch.no_grad():
-            return self.codec.encode(Media({name: _unit(batch[name]) for name in self.shapes}))
+            return self.codec.encode(self.clips(batch))
+
+    def told(
+        self, model: Diffusion, batch: Mapping[str, Any], u: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What a model (online or averaged) is told of a batch; see `Diffusion.condition`."""
+
+        def encode(clips: Media) -> Media:
+            with torch.no_grad():
+                return self.codec.encode(clips)
+
+        return model.condition({name: unit(value) for name, value in batch.items()}, encode, u)
 
     def latent(self, count: int, shapes: Mapping[str, Sequence[int]] | None = None) -> Media:
         """An empty batch in the shapes that are diffused: of the system's clips, or of others."""
-        clip = self._empty(count, self.shapes if shapes is None else shapes)
-        return self.codec.encode(clip).map(lambda v: torch.empty_like(v, device=self.device))
-
-    def _empty(self, count: int, shapes: Mapping[str, Sequence[int]]) -> Media:
-        return Media({k: torch.empty(count, *n, device="meta") for k, n in shapes.items()})
+        shapes = self.codec.shapes(self.shapes if shapes is None else shapes)
+        return empty(count, shapes, self.device)
 
     def shifts(self, *moment: object, seed: int | None = None) -> dict[str, Tensor]:
         """Condition entry with one window shift per cross-modal block, a function of `moment`.
@@ -172,53 +154,6 @@ class DiffusionSystem(pl.LightningModule):
             for block, limit in enumerate(limits)
         ]
         return {"shifts": sent(torch.tensor(drawn), self.device)}
-
-    def configure_optimizers(self):
-        optimizer = self.optimizer(self.model.parameters())
-        if self.lr_schedule is None:
-            return optimizer
-        schedule = {"scheduler": self.lr_schedule(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def optimizer_step(self, *args, **kwargs) -> None:
-        super().optimizer_step(*args, **kwargs)
-        self.ema.update()
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """As Lightning, which refuses it for fused optimisers even where no gradient is scaled."""
-        plugin = self.trainer.precision_plugin
-        if plugin.precision == "bf16-mixed":
-            how = gradient_clip_algorithm or "norm"
-            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, how)
-        else:
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-
-    def on_train_start(self) -> None:
-        schedules = [each.scheduler for each in self.trainer.lr_scheduler_configs] or [None]
-        settle(self.trainer.optimizers[0], schedules[0])
-
-    def on_validation_end(self) -> None:
-        self.validated = self.global_step
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["avdiffusion"] = {
-            "format": FORMAT,
-            "version": version("avdiffusion"),
-            "validated": self.validated,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.validated = checkpoint["avdiffusion"].get("validated", 0)
-        if self.trainer.state.fn == "fit":
-            step = checkpoint["global_step"]
-            rewind(checkpoint["loops"], self.trainer, step=step, validated=self.validated)
 
     # ---------------------------------------------------------------- sampling
 
@@ -238,7 +173,10 @@ class DiffusionSystem(pl.LightningModule):
 
     @property
     def task(self) -> Task:
-        return Task(self.model.path, decode=self.codec.decode)
+        def decode(x: Media) -> Media:
+            return self.codec.decode(x, Noise(0, range(len(next(iter(x.values()))))))
+
+        return Task(self.model.path, decode=decode)
 
     def denoise(self, task: Task) -> Denoise:
         """The averaged model's prediction, with the window shifts of the task's seeds at each t."""
@@ -261,6 +199,7 @@ class DiffusionSystem(pl.LightningModule):
         given: Sequence[Part] | None = None,
         seconds: float | None = None,
         overlap: int | None = None,
+        told: Told | None = None,
         micro_batch: int = 8,
         step: Step | None = None,
         progress: Callable[[], object] | None = None,
@@ -275,15 +214,22 @@ class DiffusionSystem(pl.LightningModule):
         `given[i]` is what is known of sample i, which stays as it is; the guides have to hold it.
         Clips of more `seconds` than the model's, or given ones, are made window by window, each
         from `overlap` steps (of the slowest modality; half a window unless told) before what is
-        missing. `step` says how the network is called, `progress` is called after every state of
-        the sampler.
+        missing. `told(numbers)` is what a model with a condition is told of these samples, as a
+        batch has it. `step` says how the network is called, `progress` is called after every state
+        of the sampler.
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
-        if self.model.conditioner is not None:
+        if self.remakes:
             raise ValueError(
-                f"this model makes clips of others, of {self.model.conditioner.takes}: it has to "
-                "be given them (given=DIR), or another checkpoint that makes them (ckpt=[A,B])"
+                f"this model makes clips of others, of {self.remakes.takes}: it has to be given "
+                "them (given=DIR), or another checkpoint that makes them (ckpt=[A,B])"
+            )
+        if (told is None) != (self.model.conditioner is None):
+            raise ValueError(
+                "this model makes clips of nothing: leave out text="
+                if told
+                else 'this model makes what a text says: give it one, text="a dog barking"'
             )
         guides = self.guides if guides is None else guides
         if given is not None and seconds is not None:
@@ -308,7 +254,8 @@ class DiffusionSystem(pl.LightningModule):
         task = self.task._replace(seeds=(self.seed, seed))
         task = task._replace(call=step) if step else task
         nothing = None if plain else Media()
-        self._guided(guides, task._replace(known=nothing, mask=nothing, noise=nothing))
+        trial = task._replace(known=nothing, mask=nothing, noise=nothing)
+        self._guided(guides, self._freed(trial) if told else trial)
 
         def clip(i: int) -> Timeline:
             part = blank if given is None else given[i]
@@ -316,7 +263,13 @@ class DiffusionSystem(pl.LightningModule):
 
         sampler = sampler or self.sampler
         size = micro_batch if sampler.together else 1
-        draw = partial(self._window, task, sampler, guides, not plain, progress)
+        window_of = partial(self._window, sampler, guides, not plain, progress)
+
+        def draw(keys: list, values: Media, mask: Media) -> tuple[Media, Media, int]:
+            numbers = [k[0] if isinstance(k, tuple) else k for k in keys]
+            given = self._told(task, told(numbers)) if told else task
+            return window_of(given, keys, values, mask)
+
         # An int of another type would be another key of the noise.
         return self._samples([int(i) for i in index], size, clip, draw)
 
@@ -338,18 +291,29 @@ class DiffusionSystem(pl.LightningModule):
         Row k becomes sample `index[k]` of the seed, in about [-1, 1] on the CPU. A sample may be
         made in parts: each then has a `start` of its own, the first 0.
         """
-        model = self.ema.ema_model.eval()
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        cond = model.condition(batch)
-        call = step or Step(capture=False)
-        task = self.task._replace(seeds=(self.seed, seed), cond=cond, call=call)
+        task = self.task._replace(seeds=(self.seed, seed), call=step or Step(capture=False))
         keys = [(int(i), start) if start else int(i) for i in index]
-        values = self._empty(len(keys), model.conditioner.shapes(batch, self.shapes))
-        guides = self.guides if guides is None else guides
-        made, _, calls = self._window(
-            task, sampler or self.sampler, guides, False, progress, keys, values, None
-        )
+        task = self._told(task, batch)
+        values = empty(len(keys), self.model.conditioner.shapes(batch, self.shapes), "meta")
+        guides, sampler = self.guides if guides is None else guides, sampler or self.sampler
+        made, _, calls = self._window(sampler, guides, False, progress, task, keys, values, None)
         return Samples(list(index), made, calls)
+
+    def _told(self, task: Task, batch: Mapping[str, Any]) -> Task:
+        """The task with what the averaged model is told of a batch, and of none."""
+        here = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        return self._freed(task._replace(cond=self.told(self.ema.ema_model.eval(), here)))
+
+    def _freed(self, task: Task) -> Task:
+        """The task with the prediction under no condition, if the model knows such."""
+        null = getattr(self.ema.ema_model.conditioner, "null", None)
+        if null is None:
+            return task
+
+        def free(x: Media, t: Tensor) -> Prediction:
+            return self.denoise(task._replace(cond=null(task.cond)))(x, t)
+
+        return task._replace(free=free)
 
     def _guided(
         self, guides: Sequence[Guide], task: Task, denoise: Denoise | None = None
@@ -390,11 +354,11 @@ class DiffusionSystem(pl.LightningModule):
 
     def _window(
         self,
-        task: Task,
         sampler: Sampler,
         guides: Sequence[Guide],
         known: bool,
         progress: Callable[[], object] | None,
+        task: Task,
         index: list,
         values: Media,
         mask: Media | None,
@@ -427,19 +391,16 @@ class DiffusionSystem(pl.LightningModule):
         for state in sampler(denoise, x, path, noise=noise.fork("step")):  # noqa: B007
             if progress is not None:
                 progress()
-        made = self._clips(state)
-        return made, self._clips(own) if known else made, calls
+        made = self._clips(state, noise, values)
+        return made, self._clips(own, noise, values) if known else made, calls
 
-    def _clips(self, x: Media) -> Media:
-        return self.codec.decode(x.map(torch.detach)).map(lambda v: v.float().cpu())
+    def _clips(self, x: Media, noise: Noise, like: Media) -> Media:
+        """What is diffused as clips on the CPU, of the shapes of `like`."""
 
+        def cut(clip: Tensor, like: Tensor) -> Tensor:
+            return clip[tuple(map(slice, like.shape))].float().cpu()
 
-def _unit(value: Tensor) -> Tensor:
-    if value.dtype == torch.uint8:
-        return value.float() / 127.5 - 1
-    if value.dtype == torch.int16:
-        return value.float() / 32768
-    return value.float()
+        return self.codec.decode(x.map(torch.detach), noise).map(cut, like)
 
 
 def _stack(windows: Sequence[tuple[Media, Media]]) -> tuple[Media, Media]:

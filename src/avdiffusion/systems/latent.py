@@ -1,0 +1,115 @@
+"""Codecs that are models trained before: what is diffused is what such a model encodes."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from avdiffusion.diffusion.diffusion import Prediction
+from avdiffusion.diffusion.noise import Noise
+from avdiffusion.media import Media
+from avdiffusion.samplers.sampler import last
+from avdiffusion.systems.codec import Identity
+from avdiffusion.systems.moments import Moments
+from avdiffusion.systems.system import System, empty
+
+MEAN, DEVIATION = 0.2, (0.8, 1.25)  # how far off latents may be that are to have 0 and 1
+SEEN = 64  # clips that are looked at
+
+
+class Frozen(Identity):
+    """The averaged model of another system, which stays as it is, and the latents it makes.
+
+    Latents have mean 0 and deviation 1 in every channel, by the moments that were measured while
+    the model was trained. Whether they have them on other data, too, is looked at over the first
+    clips that are encoded in training: with `gate`, latents that do not are an error.
+    """
+
+    def __init__(self, system: System, *, gate: bool = True):
+        super().__init__()
+        self.model = system.ema.ema_model.requires_grad_(False).eval()
+        self.modality, self.own = next(iter(system.shapes.items()))
+        self.gate, self.seen, self.found = gate, 0, []
+
+    def train(self, mode: bool = True) -> "Frozen":
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def mask(self, known: Media) -> Media:
+        raise ValueError(
+            "what is known of a clip is not known of its latents: this model holds nothing that is "
+            "given, nor the end of a window before"
+        )
+
+    def checked(self, z: Tensor) -> Tensor:
+        """Normalised latents as they are; an error where the training's first have not 0 and 1."""
+        if self.gate and self.training and self.seen < SEEN:
+            self.found = self.found or [Moments(z.shape[1]).to(z.device)]  # no part of the module
+            self.found[0].update(z)
+            self.seen += len(z)
+            if self.seen >= SEEN:
+                self._judge(self.found[0].mean.tolist(), self.found[0].deviation.tolist())
+        return z
+
+    def _judge(self, means: list[float], deviations: list[float]) -> None:
+        low, high = DEVIATION
+        if max(map(abs, means)) < MEAN and low < min(deviations) and max(deviations) < high:
+            return
+        told = ", ".join(f"{m:.2f} +- {d:.2f}" for m, d in zip(means, deviations, strict=True))
+        raise ValueError(
+            f"the latents of the first {self.seen} clips are not normalised (by channel: {told}): "
+            "the model that encodes was trained on other data, or too little. Train it on these "
+            "(init.codec.system=CKPT), or allow it with model.codec.gate=false"
+        )
+
+
+class Latent(Frozen):
+    """The latents of an autoencoder (`systems.autoencoder`): Rombach et al. 2022.
+
+    Encoding takes the mean of the posterior.
+    """
+
+    def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        return {**shapes, self.modality: self.model.net.shape(shapes[self.modality])}
+
+    def encode(self, x: Media) -> Media:
+        latent = self.model.net.encode(x[self.modality]).mode()
+        return Media({self.modality: self.checked(self.model.moments.normalise(latent))})
+
+    def decode(self, z: Media, noise: Noise) -> Media:
+        latent = self.model.moments.restore(z[self.modality])
+        return Media({self.modality: self.model.net.decode(latent)})
+
+
+class Decoder(Frozen):
+    """The latents of a diffusion autoencoder (`condition.Encoded`), whose decoding is sampling.
+
+    It is done by the other system's own `sampler` (Schneider et al. 2023, section 3.3).
+    """
+
+    def __init__(self, system: System, *, gate: bool = True):
+        super().__init__(system, gate=gate)
+        self.sampler = system.sampler
+
+    def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        encoder, (_, length) = self.model.conditioner.encoder, shapes[self.modality]
+        return {**shapes, self.modality: [encoder.out_channels, -(-length // encoder.factor)]}
+
+    def encode(self, x: Media) -> Media:
+        latent = self.model.condition(x)["concat"]
+        moments = self.model.conditioner.moments
+        return Media({self.modality: self.checked(moments.normalise(latent))})
+
+    def decode(self, z: Media, noise: Noise) -> Media:
+        conditioner, path = self.model.conditioner, self.model.path
+        told = {"concat": conditioner.moments.restore(z[self.modality]).clamp(-1, 1)}
+        count, _, length = told["concat"].shape
+        shape = [self.own[0], length * conditioner.encoder.factor]
+        clips = empty(count, {self.modality: shape}, told["concat"].device)
+        x = path.sigma(torch.tensor(path.t_max)) * noise.fork("decoded").like(clips)
+
+        def denoise(x: Media, t: Tensor) -> Prediction:
+            return self.model.predict(x, t, told)
+
+        return last(self.sampler(denoise, x, path, noise=noise.fork("decoding")))

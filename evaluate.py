@@ -109,6 +109,12 @@ def evaluate(config: DictConfig) -> None:
 
 def refuse_conditioned(ckpt: str, system: DiffusionSystem) -> None:
     """Raises ValueError for a model that makes its samples of clips, which have to be given."""
+    if not system.remakes and system.model.conditioner is not None:
+        raise ValueError(
+            f"{ckpt} makes what texts say, and is judged by what it makes of some: "
+            f'python sample.py ckpt={ckpt} "text=[...]" num=... out=OUT, then python evaluate.py '
+            "samples=OUT reference=REAL_CLIPS"
+        )
     if system.remakes:
         raise ValueError(
             f"{ckpt} makes clips of others, and is judged by what it makes of them: "

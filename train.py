@@ -38,6 +38,7 @@ def train(config: DictConfig) -> float | None:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     # Lightning's notes on devices and its other products, and on torch's internals.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # codecs
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     first = rank_zero_only.rank == 0
     if not first:
@@ -101,7 +102,8 @@ def train(config: DictConfig) -> float | None:
     if isinstance(config.trainer.limit_val_batches, int):
         trainer.limit_val_batches *= trainer.accumulate_grad_batches
     FitLoop.replace(trainer)
-    compile_in_place(system.model.net, config.compile, trainer.strategy.root_device.type)
+    for network in system.networks:
+        compile_in_place(network, config.compile, trainer.strategy.root_device.type)
     if first:
         _held = run_folder.hold(folder)  # until training ends
         write_whole(folder / run_folder.CONFIG, OmegaConf.to_yaml(plain).encode())

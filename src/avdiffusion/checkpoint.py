@@ -172,10 +172,13 @@ def load(
     config = stored["hyper_parameters"]
     judge(ckpt, {part: config[part] for part in BUILT}, trust=trust)
     for name, place in (("sampler", "sampler"), ("guide", "guides")):
+        before = config[name]
         if name in (replace or {}):
-            config[name] = merged(config[name], replace[name], name)
+            config[name] = merged(before, replace[name], name)
         if place in config["model"]:
             config["model"][place] = config[name]
+        elif config[name] != before:
+            raise CheckpointError(f"{ckpt} makes its clips without a {name}: leave out {name}=")
     try:
         system = build(config["model"])
     except (HydraException, OmegaConfBaseException, TypeError, AttributeError) as error:

@@ -49,7 +49,8 @@ class Trial:
         self.system: System = checkpoint.build(config["model"]).to(device)
         found = self.system.configure_optimizers()
         self.optimizer = found["optimizer"] if isinstance(found, dict) else found
-        compile_in_place(self.system.model.net, config["compile"], device.type)
+        for network in self.system.networks:
+            compile_in_place(network, config["compile"], device.type)
 
     def clips(self, count: int) -> dict:
         """A batch of noise as a dataset has it: uint8 frames, int16 sound, a float condition."""

@@ -90,6 +90,11 @@ class HeldOut:
         """The items of which these samples are made."""
         return default_collate([self.data[self.order[i % len(self.order)]] for i in index])
 
+    def texts(self, index: Sequence[int]) -> list[str] | None:
+        """What these samples are of, if the items say so."""
+        items = [self.data[self.order[i % len(self.order)]] for i in index]
+        return [item["text"] for item in items] if "text" in items[0] else None
+
     def samples(self, index: Sequence[int], *, micro_batch: int, **options: object) -> Iterator:
         """`Samples` as those of a system that is given nothing, `micro_batch` at a time."""
         for _, group in groupby(index, lambda i: i // micro_batch):

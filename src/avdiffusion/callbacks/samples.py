@@ -129,7 +129,8 @@ class SampleClips(pl.Callback):
                 found |= {i: {k: v[j] for k, v in clips.items()} for j, i in enumerate(index)}
                 with self.once(FILES):
                     if writer:
-                        writer.add(index, clips)
+                        texts = self.held_out and self.held_out.texts(index)
+                        writer.add(index, clips, texts=texts)
         if trainer.is_global_zero:
             media = {k: torch.stack([found[i][k] for i in range(num)]) for k in found[0]}
             clips, data = arrays(media), getattr(trainer.datamodule, "val", None)

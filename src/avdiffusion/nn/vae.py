@@ -71,6 +71,20 @@ class Last(nn.Module):
         return through(partial(framewise, self.norm), self.conv, x)
 
 
+class Layers(nn.ModuleList):
+    """Modules one after another; with `again`, blocks are computed again in the backward pass."""
+
+    def __init__(self, layers: Sequence[nn.Module], *, again: bool):
+        super().__init__(layers)
+        self.again = again
+
+    def forward(self, x: Tensor) -> Tensor:
+        again = self.again and torch.is_grad_enabled()
+        for layer in self:
+            x = checkpointed(layer, x) if again and isinstance(layer, Block) else layer(x)
+        return x
+
+
 class VideoVAE(nn.Module):
     """An autoencoder of clips [B, C, T, H, W] in [-1, 1], of any length and size.
 
@@ -98,7 +112,7 @@ class VideoVAE(nn.Module):
         super().__init__()
         if conv not in CONVOLUTIONS:
             raise ValueError(f"conv={conv!r} is not one of {', '.join(CONVOLUTIONS)}")
-        self.latent_channels, self.patch, self.checkpoint = latent_channels, patch, checkpoint
+        self.latent_channels, self.patch = latent_channels, patch
         self.factor = patch * 2 ** (len(channel_mult) - 1)
         widths, pixels = [channels * mult for mult in channel_mult], video_channels * patch**2
 
@@ -108,13 +122,13 @@ class VideoVAE(nn.Module):
         encoder = [SpaceConv(pixels, widths[0]), *blocks(widths[0])]
         for width, after in itertools.pairwise(widths):
             encoder += [SpaceConv(width, after, stride=2), *blocks(after)]
-        self.encoder = nn.ModuleList(
-            [*encoder, *blocks(widths[-1], 2), Last(widths[-1], 2 * latent_channels)]
-        )
+        encoder += [*blocks(widths[-1], 2), Last(widths[-1], 2 * latent_channels)]
+        self.encoder = Layers(encoder, again=checkpoint)
         decoder = [SpaceConv(latent_channels, widths[-1]), *blocks(widths[-1], 2)]
         for width, after in itertools.pairwise(reversed(widths)):
             decoder += [*blocks(width), SpaceUp(width, after)]
-        self.decoder = nn.ModuleList([*decoder, *blocks(widths[0]), Last(widths[0], pixels)])
+        decoder += [*blocks(widths[0]), Last(widths[0], pixels)]
+        self.decoder = Layers(decoder, again=checkpoint)
 
     def encode(self, x: Tensor) -> Gaussian:
         """What the latents [B, z, T, ceil(H / f), ceil(W / f)] of clips [B, C, T, H, W] may be.
@@ -126,13 +140,13 @@ class VideoVAE(nn.Module):
         frames = F.pad(frames, (0, -width % self.factor, 0, -height % self.factor), "replicate")
         frames = F.pixel_unshuffle(frames, self.patch)
         clips = rearrange(frames, "(b t) c h w -> b t h w c", b=len(x)).contiguous()
-        made = self.run(self.encoder, clips).to(x.dtype).movedim(-1, 1)
+        made = self.encoder(clips).to(x.dtype).movedim(-1, 1)
         mean, log_variance = made.chunk(2, dim=1)
         return Gaussian(mean.contiguous(), log_variance.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
         """Clips [B, C, T, f h, f w] of latents [B, z, T, h, w]."""
-        clips = self.run(self.decoder, z.movedim(1, -1).contiguous())
+        clips = self.decoder(z.movedim(1, -1).contiguous())
         frames = rearrange(clips, "b t h w c -> (b t) c h w")
         frames = F.pixel_shuffle(frames, self.patch).to(z.dtype)
         return rearrange(frames, "(b t) c h w -> b c t h w", b=len(z)).contiguous()
@@ -141,9 +155,3 @@ class VideoVAE(nn.Module):
         """The shape [z, T, ceil(H / f), ceil(W / f)] of the latent of a clip [C, T, H, W]."""
         _, frames, *size = clip
         return [self.latent_channels, frames, *(-(-length // self.factor) for length in size)]
-
-    def run(self, layers: nn.ModuleList, x: Tensor) -> Tensor:
-        again = self.checkpoint and torch.is_grad_enabled()
-        for layer in layers:
-            x = checkpointed(layer, x) if again and isinstance(layer, Block) else layer(x)
-        return x

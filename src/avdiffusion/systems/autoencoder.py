@@ -77,6 +77,10 @@ class AutoencoderSystem(System):
         )
 
     @property
+    def networks(self) -> list[nn.Module]:
+        return [self.model.net.encoder, self.model.net.decoder]
+
+    @property
     def remakes(self) -> Itself:
         return Itself(modality=self.modality, factor=self.model.net.factor)
 

@@ -13,6 +13,8 @@ from avdiffusion.systems.system import empty
 class Identity(nn.Module):
     """Diffuses the data itself."""
 
+    holds = True  # whether what is known of a clip can be told in what is diffused
+
     def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Of what is diffused, one sample each, if clips have `shapes`."""
         return {name: list(shape) for name, shape in shapes.items()}

@@ -214,9 +214,9 @@ class DiffusionSystem(System):
         `given[i]` is what is known of sample i, which stays as it is; the guides have to hold it.
         Clips of more `seconds` than the model's, or given ones, are made window by window, each
         from `overlap` steps (of the slowest modality; half a window unless told) before what is
-        missing. `told(numbers)` is what a model with a condition is told of these samples, as a
-        batch has it. `step` says how the network is called, `progress` is called after every state
-        of the sampler.
+        missing; of latents, as a whole. `told(numbers)` is what a model with a condition is told of
+        these samples, as a batch has it. `step` says how the network is called, `progress` is
+        called after every state of the sampler.
         """
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} is below 1")
@@ -236,8 +236,15 @@ class DiffusionSystem(System):
             raise ValueError(
                 "seconds is of clips of which nothing is given: given ones have theirs"
             )
+        if given is not None and not self.codec.holds:
+            raise ValueError(
+                "what is known of a clip is not known of its latents, in which this model works: "
+                "leave out given= and known="
+            )
         blank = Blank(self.shapes, self.rates, seconds)
         window = {name: shape[1] for name, shape in self.shapes.items()}
+        if not self.codec.holds:  # nor is the end of the window before
+            window = {name: len(mask) for name, mask in blank.mask.items()}
         overlap = min(window.values()) // 2 if overlap is None else overlap
         Timeline(blank, window=window, overlap=overlap)  # an error comes before any work
         plain = given is None and all(len(blank.mask[name]) == window[name] for name in window)

@@ -25,6 +25,8 @@ class Frozen(Identity):
     clips that are encoded in training: with `gate`, latents that do not are an error.
     """
 
+    holds = False
+
     def __init__(self, system: System, *, gate: bool = True):
         super().__init__()
         self.model = system.ema.ema_model.requires_grad_(False).eval()
@@ -35,12 +37,6 @@ class Frozen(Identity):
         super().train(mode)
         self.model.eval()
         return self
-
-    def mask(self, known: Media) -> Media:
-        raise ValueError(
-            "what is known of a clip is not known of its latents: this model holds nothing that is "
-            "given, nor the end of a window before"
-        )
 
     def checked(self, z: Tensor) -> Tensor:
         """Normalised latents as they are; an error where the training's first have not 0 and 1."""
@@ -85,19 +81,20 @@ class Latent(Frozen):
 class Decoder(Frozen):
     """The latents of a diffusion autoencoder (`condition.Encoded`), whose decoding is sampling.
 
-    It is done by the other system's own `sampler` (Schneider et al. 2023, section 3.3).
+    It is done by the other system's own `sampler` (Schneider et al. 2023, section 3.3), in the
+    space of that system's own codec, `inner`.
     """
 
     def __init__(self, system: System, *, gate: bool = True):
         super().__init__(system, gate=gate)
-        self.sampler = system.sampler
+        self.sampler, self.inner = system.sampler, system.codec
 
     def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         encoder, (_, length) = self.model.conditioner.encoder, shapes[self.modality]
         return {**shapes, self.modality: [encoder.out_channels, -(-length // encoder.factor)]}
 
     def encode(self, x: Media) -> Media:
-        latent = self.model.condition(x)["concat"]
+        latent = self.model.condition(x, self.inner.encode)["concat"]
         moments = self.model.conditioner.moments
         return Media({self.modality: self.checked(moments.normalise(latent))})
 
@@ -105,11 +102,13 @@ class Decoder(Frozen):
         conditioner, path = self.model.conditioner, self.model.path
         told = {"concat": conditioner.moments.restore(z[self.modality]).clamp(-1, 1)}
         count, _, length = told["concat"].shape
-        shape = [self.own[0], length * conditioner.encoder.factor]
-        clips = empty(count, {self.modality: shape}, told["concat"].device)
-        x = path.sigma(torch.tensor(path.t_max)) * noise.fork("decoded").like(clips)
+        clip = {self.modality: [self.own[0], length * conditioner.encoder.factor]}
+        blank = empty(count, self.inner.shapes(clip), told["concat"].device)
+        start = self.inner.noise(noise.fork("decoded")).like(blank)
+        x = path.sigma(torch.tensor(path.t_max)) * start
 
         def denoise(x: Media, t: Tensor) -> Prediction:
             return self.model.predict(x, t, told)
 
-        return last(self.sampler(denoise, x, path, noise=noise.fork("decoding")))
+        made = last(self.sampler(denoise, x, path, noise=noise.fork("decoding")))
+        return self.inner.decode(made, noise.fork("inner"))

@@ -61,6 +61,11 @@ class System(pl.LightningModule):
         self.validated = 0  # the optimiser step of the last validation that was completed
 
     @property
+    def networks(self) -> list[nn.Module]:
+        """What takes nearly all the time of the model that is trained: to be compiled."""
+        return [self.model.net]
+
+    @property
     def remakes(self) -> Any:
         """What says of which clips it makes its own (`condition.Remakes`); None if of none."""
         return None

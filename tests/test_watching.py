@@ -19,8 +19,9 @@ from avdiffusion import checkpoint
 
 PAGE = (ROOT / "docs" / "wandb.md").read_text()
 # What the quickstart on this machine does not log: columns "metric" and "when" of the table.
-ABSENT = {"learned variance", "val_metrics=[fvd,kvd,fad,kad]", "super-resolution"}
-ABSENT |= {f"val_metrics=[{name}]" for name in ("restoration", "lpips", "flicker")}
+ABSENT = {"learned variance", "val_metrics=[fvd,kvd,fad,kad]", "autoencoders"}
+ABSENT |= {"super-resolution, autoencoders, video to video"}
+ABSENT |= {f"val_metrics=[{name}]" for name in ("restoration", "lpips", "flicker", "stft")}
 ABSENT |= set() if torch.cuda.is_available() else {"GPU"}
 MEDIA = {"sample/clips", "sample/strips", "sample/evolution"}
 RUN = """python train.py debug=fast trainer.max_steps=6 data.batch_size=8 sampler.steps=1

@@ -107,15 +107,24 @@ class LowRes(nn.Module):
 class Source(Same, nn.Module):
     """Another clip, such as a worse copy of what is made, in the space that is diffused: `concat`.
 
-    Of the batch's `takes`, of the same size and length as the `modality` that is made.
+    Of the batch's `takes`, of the same size and length as the `modality` that is made. If it is
+    dropped, for a share `drop` of the samples in training, one more channel says whether it is
+    there: 1, or 0 in all channels.
     """
 
-    def __init__(self, *, modality: str = "video", takes: str = "source"):
+    def __init__(self, *, modality: str = "video", takes: str = "source", drop: float = 0.0):
         super().__init__(modality=modality, takes=takes)
+        self.drop = share(drop)
 
     def forward(self, batch: Mapping[str, Any], encode: Encode) -> dict[str, Tensor]:
         clip = Media({self.modality: entry(batch, self.takes)})
-        return {"concat": encode(clip)[self.modality]}
+        told = encode(clip)[self.modality]
+        if self.drop:
+            told = torch.cat((told, torch.ones_like(told[:, :1])), dim=1)
+        return {"concat": told}
+
+    def null(self, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(value) for name, value in cond.items()}
 
 
 class Encoded(Same, nn.Module):
@@ -155,9 +164,7 @@ class Text(nn.Module):
 
     def __init__(self, *, encoder: nn.Module, drop: float = 0.1):
         super().__init__()
-        if not 0 <= drop < 1:
-            raise ValueError(f"drop={drop} is not a share of samples, 0 or more and below 1")
-        self.encoder, self.drop = encoder, drop
+        self.encoder, self.drop = encoder, share(drop)
         self.empty = nn.Parameter(nn.init.normal_(torch.empty(encoder.max_length, encoder.width)))
 
     def forward(self, batch: Mapping[str, Any], encode: Encode) -> dict[str, Tensor]:
@@ -189,3 +196,9 @@ def entry(batch: Mapping[str, Any], name: str) -> Any:
             f"{sorted(batch)}"
         )
     return batch[name]
+
+
+def share(drop: float) -> float:
+    if not 0 <= drop < 1:
+        raise ValueError(f"drop={drop} is not a share of samples, 0 or more and below 1")
+    return drop

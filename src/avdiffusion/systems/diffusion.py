@@ -313,12 +313,14 @@ class DiffusionSystem(System):
 
     def _freed(self, task: Task) -> Task:
         """The task with the prediction under no condition, if the model knows such."""
-        null = getattr(self.ema.ema_model.conditioner, "null", None)
-        if null is None:
+        conditioner, denoise = self.ema.ema_model.conditioner, None
+        if not getattr(conditioner, "drop", 0.0):
             return task
 
         def free(x: Media, t: Tensor) -> Prediction:
-            return self.denoise(task._replace(cond=null(task.cond)))(x, t)
+            nonlocal denoise
+            denoise = denoise or self.denoise(task._replace(cond=conditioner.null(task.cond)))
+            return denoise(x, t)
 
         return task._replace(free=free)
 
@@ -386,14 +388,21 @@ class DiffusionSystem(System):
             )
         model, own, calls = self.denoise(task), None, 0
 
-        def counted(x: Media, t: Tensor) -> Prediction:
-            nonlocal own, calls
+        def counted(denoise: Denoise, x: Media, t: Tensor) -> Prediction:
+            nonlocal calls
+            calls += 1
             # A guide's strides differ from a sampler's, and kernels round by strides.
-            found = model(x.map(torch.Tensor.contiguous), t)
-            own, calls = found.x0, calls + 1
+            return denoise(x.map(torch.Tensor.contiguous), t)
+
+        def told(x: Media, t: Tensor) -> Prediction:
+            nonlocal own
+            found = counted(model, x, t)
+            own = found.x0
             return found
 
-        denoise = self._guided(guides, task, counted)
+        if task.free is not None:
+            task = task._replace(free=partial(counted, task.free))
+        denoise = self._guided(guides, task, told)
         x = path.sigma(torch.tensor(path.t_max)) * start
         for state in sampler(denoise, x, path, noise=noise.fork("step")):  # noqa: B007
             if progress is not None:

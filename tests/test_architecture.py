@@ -51,7 +51,8 @@ MAY_IMPORT = {
     "published": {"nn"},
     "published_unet": {"published", "nn"},
     "published_audio": {"published", "nn"},
-    "convert": {"published", "published_unet", "published_audio", "nn", "checkpoint"},
+    "convert": {"published", "published_unet", "published_audio", "nn", "checkpoint", "weights"},
+    "text_to_audio": {"convert", "diffusion", "media", "nn", "samplers", "systems", "weights"},
     "posthoc": {"systems", "checkpoint", "run_folder"},
     "__init__": {"checkpoint"},
 }

@@ -10,6 +10,20 @@ from collections import Counter
 
 import pytest
 import torch
+from published_sound import (
+    AUTOENCODER,
+    ENCODER,
+    GENERATOR,
+    LATENT,
+    LOSS,
+    NOISE,
+    OTHER_START,
+    SOUND,
+    START,
+    TEXT,
+    agree,
+    drawn,
+)
 from torch import nn
 
 from avdiffusion.nn.magnitude_encoder import MagnitudeEncoder
@@ -25,27 +39,6 @@ from avdiffusion.published_audio import (
     to_published,
 )
 
-AUTOENCODER = {
-    "channels": [16, 16, 16, 16, 32, 32, 32],
-    "items": [1, 2, 1, 1, 1, 1, 1],
-    "modulation": 32,
-    "inject_depth": 4,
-    "inject_channels": 4,
-    "filters": 8,
-}
-ENCODER = {"channels": 16, "num_blocks": [1, 2], "out_channels": 4}
-GENERATOR = {
-    "audio_channels": 4,
-    "channels": [16, 32, 32],
-    "factors": [1, 2, 2],
-    "items": [1, 1, 2],
-    "attentions": [0, 0, 1],
-    "cross_attentions": [1, 1, 1],
-    "attention_heads": 2,
-    "attention_features": 8,
-    "context_width": 32,
-    "modulation": 32,
-}
 LARGE_GENERATOR = {
     "audio_channels": 32,
     "channels": [128, 256, 512, 512, 1024, 1024],
@@ -54,24 +47,6 @@ LARGE_GENERATOR = {
     "attentions": [0, 0, 1, 1, 1, 1],
     "cross_attentions": [1, 1, 1, 1, 1, 1],
 }
-
-
-def wave(shape, a, b=0.0):
-    """sin(a n + b) of the flat index n."""
-    steps = torch.arange(math.prod(shape), dtype=torch.float64)
-    return torch.sin(a * steps + b).view(shape)
-
-
-def drawn(*parts):
-    """Weights under published names, by the place of each name among all."""
-    with torch.no_grad():
-        shapes = {key: value.shape for key, value in to_published(*parts).items()}
-    found = {}
-    for place, key in enumerate(sorted(shapes)):
-        found[key] = 0.05 * wave(shapes[key], 0.7, 1.3 * place)
-        if len(shapes[key]) == 1 and key.endswith(".weight"):
-            found[key] += 1
-    return found
 
 
 def filled(net, encoder=None, null=None):
@@ -110,13 +85,6 @@ def times(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def agree(found, mean, std, first, last):
-    """With ten printed digits."""
-    values = found.detach().flatten()
-    numbers = torch.stack((values.mean(), values.std(), values[0], values[-1]))
-    torch.testing.assert_close(numbers, times(mean, std, first, last), rtol=1e-9, atol=6e-11)
-
-
 def ddim(velocity, x, steps):
     """v-diffusion from time 1 to 0, alpha = cos(pi t / 2), sigma = sin(pi t / 2)."""
     grid = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
@@ -134,37 +102,29 @@ def ddim(velocity, x, steps):
 @torch.no_grad()
 def test_the_autoencoder_computes_the_published_numbers(sounds):
     net, encoder = sounds
-    x = 0.3 * wave((1, 2, 8192), 0.05)
-    latent = encoder(x)
+    latent = encoder(SOUND)
     assert latent.shape == (1, 4, 8)
-    agree(latent, 0.0032386150, 0.0583295064, -0.0161848121, 0.0420072567)
-    found = net(x, time=times(0.37), concat=latent)
-    agree(found, 0.0001478223, 0.0152492668, 0.0057876560, -0.0255139663)
-    made = ddim(lambda x, t: net(x, time=t, concat=latent), wave((1, 2, 8192), 0.9, 0.2), 3)
-    agree(made, -0.0001453111, 0.4593648414, 0.1203117459, -0.6292171707)
+    agree(latent, "encoded")
+    agree(net(SOUND, time=times(0.37), concat=latent), "denoised")
+    agree(ddim(lambda x, t: net(x, time=t, concat=latent), START, 3), "decoded in 3")
 
 
 @torch.no_grad()
 def test_the_generator_computes_the_published_numbers(latents):
     net, null = latents
-    z, text = wave((1, 4, 16), 0.31), wave((1, 16, 32), 0.11, 0.5)
 
     def guided(x, time, scale):
-        told, free = net(x, time=time, context=text), net(x, time=time, context=null[None])
+        told, free = net(x, time=time, context=TEXT), net(x, time=time, context=null[None])
         return free + scale * (told - free)
 
-    def predicted(scale):
-        return guided(z, times(0.6), scale)
-
-    agree(predicted(1), 0.0131767802, 0.7027022061, -0.0171456100, 0.5790888378)
-    agree(predicted(5), 0.0131777465, 0.7027059895, -0.0171425212, 0.5790731947)
-    agree(predicted(0), 0.0131765387, 0.7027012603, -0.0171463822, 0.5790927485)
-    made = ddim(lambda x, t: guided(x, t, 3), wave((1, 4, 16), 1.7), 4)
-    agree(made, 0.0055903195, 0.0664407017, -0.0116180858, 0.0625890625)
-    alpha, sigma, noise = math.cos(math.pi / 8), math.sin(math.pi / 8), wave((1, 4, 16), 2.3)
-    found = net(alpha * z + sigma * noise, time=times(0.25), context=text)
-    loss = ((found - (alpha * noise - sigma * z)) ** 2).mean()
-    assert loss.item() == pytest.approx(0.9667657872, abs=6e-11)
+    for scale in (1, 5, 0):
+        agree(guided(LATENT, times(0.6), scale), f"scale {scale}")
+    made = ddim(lambda x, t: guided(x, t, 3), OTHER_START, 4)
+    agree(made, "made in 4 at scale 3")
+    alpha, sigma = math.cos(math.pi / 8), math.sin(math.pi / 8)
+    found = net(alpha * LATENT + sigma * NOISE, time=times(0.25), context=TEXT)
+    loss = ((found - (alpha * NOISE - sigma * LATENT)) ** 2).mean()
+    assert loss.item() == pytest.approx(LOSS, abs=6e-11)
 
 
 # names and sizes
@@ -268,6 +228,22 @@ def test_weights_are_found_under_every_name(sounds, latents, wrapper, alias):
         else:
             assert null is None
             same(of_encoder, parts[1])
+
+
+def test_a_generator_with_its_text_encoder_around_it_is_the_same(latents):
+    """As published with use_text_conditioning=True."""
+    net, null = latents
+    weights, inside = to_published(net, None, null), "net.blocks.2."
+    around = {
+        key.replace(inside, f"{inside}blocks.1.") if key.startswith(inside) else key: value
+        for key, value in weights.items()
+    }
+    assert f"{inside}blocks.1.blocks.0.blocks.0.weight" in around
+    assert any(key.startswith(f"{inside}blocks.1.blocks.1.net.block.") for key in around)
+    around[f"{inside}blocks.0.transformer.shared.weight"] = torch.zeros(3, 3)
+    found, _, of_null = from_published(net, wrapped(around, "model."), None, null)
+    same(found, net)
+    assert torch.equal(of_null, null)
 
 
 @pytest.mark.parametrize("average", ["ema.ema_model.", "model_ema."])

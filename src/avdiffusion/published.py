@@ -143,6 +143,17 @@ def from_published(net: CoupledUNet, published: Mapping[str, Tensor]) -> dict[st
     return gathered(entries(net), published, net.state_dict())
 
 
+def of_model(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a `Diffusion` under published names."""
+    return to_published(model.net)
+
+
+def for_model(model: nn.Module, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights as what they are of the state dict of a `Diffusion`."""
+    found = from_published(model.net, published)
+    return {f"net.{key}": value for key, value in found.items()}
+
+
 def renamed(table: Iterable[Entry], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of ours under published names."""
     return {entry.published: state[entry.ours][entry.rows].reshape(entry.shape) for entry in table}

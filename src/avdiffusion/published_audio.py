@@ -3,7 +3,8 @@
 What was published (audio-diffusion-pytorch) has the same tensors three times, as `net.`,
 `diffusion.net.` and `sampler.net.`, and one layer of the time features twice; canonical are the
 names that begin in `net.` and `encoder.`. Our keys begin in `net.` and `encoder.`, too; `null` is
-what stands for no text in classifier-free guidance, [tokens, width].
+what stands for no text in classifier-free guidance, [tokens, width]. A network that was published
+with its text encoder around it (a frozen T5, which is no part of ours) has other names inside.
 """
 
 import itertools
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from avdiffusion.nn.blocks1d import Attention, Item, Level, Resnet
 from avdiffusion.nn.magnitude_encoder import MagnitudeEncoder
+from avdiffusion.nn.text import ByteEncoder
 from avdiffusion.nn.unet1d import UNet1d
-from avdiffusion.published import Entry, Pairs, bare, gathered, renamed
+from avdiffusion.published import Entry, OtherWeights, Pairs, bare, gathered, renamed
 
 ALIASES = ("sampler.", "diffusion.", "")  # of the network
 WRAPPERS = ("ema.ema_model.", "model_ema.", "model.", "")  # averages first
 WINDOW = "encoder.stft.window"
+T5, WITHIN = "net.blocks.2.blocks.0.transformer.", "net.blocks.2.blocks.1."
 
 
 class Parts(nn.Module):
@@ -160,6 +163,37 @@ def from_published(
     return _under("net.", state), _under("encoder.", state), state.get("null")
 
 
+def of_model(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a `Diffusion` of sound, or of its latents, under canonical names."""
+    return to_published(model.net, *_others(model))
+
+
+def for_model(model: nn.Module, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights as what they are of the state dict of such a `Diffusion`."""
+    encoder, null = _others(model)
+    if isinstance(getattr(model.conditioner, "encoder", None), ByteEncoder):
+        raise OtherWeights(
+            "these are weights of a network that is told what a T5 makes of texts: give "
+            "model/conditioner=text_t5"
+        )
+    weights = canonical(published)
+    encodes = any(key.startswith("encoder.") for key in weights)
+    if weights and encodes != (encoder is not None):
+        what = "an autoencoder: give exp=dmae" if encodes else "a generator: give exp=diffgen"
+        raise OtherWeights(f"these are weights of {what}")
+    net, of_encoder, empty = from_published(model.net, published, encoder, null)
+    found = {f"net.{key}": value for key, value in net.items()}
+    found |= {f"conditioner.encoder.{key}": value for key, value in of_encoder.items()}
+    return found if empty is None else found | {"conditioner.empty": empty}
+
+
+def _others(model):
+    """The encoder of its own sound and what stands for no text, if any, of a conditioner."""
+    encoder = getattr(model.conditioner, "encoder", None)
+    null = getattr(model.conditioner, "empty", None)
+    return encoder if isinstance(encoder, MagnitudeEncoder) else None, null
+
+
 def canonical(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a file has of the network and its encoder, under canonical names, the average if any."""
     published = bare(published)
@@ -170,6 +204,10 @@ def canonical(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found |= {f"net.{key}": value for key, value in _under(f"{alias}net.", held).items()}
         if found:
             break
+    if any(key.startswith(T5) for key in found):
+        found = {f"net.blocks.2.{key}": value for key, value in _under(WITHIN, found).items()} | {
+            key: value for key, value in found.items() if not key.startswith("net.blocks.2.")
+        }
     of_encoder = {f"encoder.{key}": value for key, value in _under("encoder.", held).items()}
     of_encoder.pop(WINDOW, None)
     return found | of_encoder

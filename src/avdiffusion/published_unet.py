@@ -84,6 +84,17 @@ def from_published(net: UNet, published: Mapping[str, Tensor]) -> dict[str, Tens
     return gathered(entries(net), published, net.state_dict())
 
 
+def of_model(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a `Diffusion` under published names."""
+    return to_published(model.net)
+
+
+def for_model(model: nn.Module, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights as what they are of the state dict of a `Diffusion`."""
+    found = from_published(model.net, published)
+    return {f"net.{key}": value for key, value in found.items()}
+
+
 def settings(published: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """The arguments of the `UNet` of colour pictures that these are weights of; None if of none.
 

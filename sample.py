@@ -130,7 +130,7 @@ def folder(config: DictConfig, paths: list[Path]) -> Path:
 def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None:
     """Samples of the first system, which those after it make larger in turn."""
     system, finer = systems[0], systems[1:]
-    trained = system.config["data"].get("train") or {}
+    trained = checkpoint.reading(system.config)
     given, texts = parts(config, system), told(config)
     num = len(given or texts or range(16)) if config.num is None else config.num
     index = list(range(num)) if config.index is None else list(config.index)
@@ -316,7 +316,7 @@ def parts(config: DictConfig, system) -> Given | None:
         return None
     if config.known is None:
         raise ValueError('given= needs known=, what of it is to be kept: "known=[audio]"')
-    trained = system.config["data"].get("train") or {}
+    trained = checkpoint.reading(system.config)
     return Given(
         config.given,
         known=asked(config)["known"],

@@ -2,17 +2,18 @@
 
 import inspect
 import runpy
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import get_object
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError
 
-from avdiffusion import checkpoint, trust
+from avdiffusion import checkpoint, plan, trust
 from avdiffusion.metrics.metric import Metric
-from avdiffusion.systems.diffusion import DiffusionSystem
+from avdiffusion.systems.system import System, empty
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(file.stem for file in (ROOT / "configs" / "exp").glob("*.yaml"))
@@ -27,6 +28,7 @@ GROUPS = {
 WHOLE = ("exp", "debug", "hydra", "hydra/launcher", "paths")  # no parts of a model's config
 WHOLE += ("metrics", "protocol")  # of evaluations
 WHOLE += ("model/shared", "sr_sampler")  # a part of every model; the folder of samplers again
+WHOLE += ("model/vae",)  # of model=video_vae alone, which has none of the others' parts
 CHOICES = {k: v for k, v in GROUPS.items() if v and k not in WHOLE}
 PARAMETERS = {  # millions, of the networks in the README's ladder
     "aist": 133.7,
@@ -34,6 +36,15 @@ PARAMETERS = {  # millions, of the networks in the README's ladder
     "aist_sr": 311.0,
     "landscape_sr": 311.0,
     "video_ddpm": 85.9,
+    "dmae": 185.1,
+    "diffgen": 562.6,
+}
+FIRST = {  # stages, whose latents the second ones diffuse
+    "diffgen": ["exp=dmae"],
+    "diffgen_tiny": ["exp=dmae_tiny"],
+    "v2v": ["exp=v2v_vae"],
+    "v2v_seed": ["exp=v2v_vae", "model/vae=seed"],
+    "v2v_tiny": ["exp=v2v_vae_tiny"],
 }
 
 
@@ -51,8 +62,11 @@ def nodes(config, key="config"):
 
 def rounds():
     """Overrides that between them choose every option of every group, in few compositions."""
-    for k in range(max(len(options) for options in CHOICES.values())):
-        yield ["~exp", *(f"{g}={options[k % len(options)]}" for g, options in CHOICES.items())]
+    choices = CHOICES | {"model": [name for name in CHOICES["model"] if name != "video_vae"]}
+    for k in range(max(len(options) for options in choices.values())):
+        yield ["~exp", *(f"{g}={options[k % len(options)]}" for g, options in choices.items())]
+    for option in GROUPS["model/vae"]:
+        yield ["~exp", "model=video_vae", f"model/vae={option}"]
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +78,68 @@ def configs():
     return [*found, OmegaConf.to_container(evaluation)]
 
 
+@pytest.fixture(scope="module")
+def composed():
+    """The config of an experiment, with that of the model whose latents it diffuses."""
+
+    @cache
+    def config(name):
+        found = checkpoint.compose([f"exp={name}", "data.root=clips", "paths.run=run"])
+        if name in FIRST:
+            first = checkpoint.compose([*FIRST[name], "data.root=clips", "paths.run=run"])
+            with open_dict(found):
+                found.model.codec.system = checkpoint.plain(first)["model"]
+        return found
+
+    return config
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiments_compose_and_build_on_the_meta_device(name):
-    config = checkpoint.compose([f"exp={name}", "data.root=clips", "paths.run=run"])
-    plain = checkpoint.plain(config)
+def test_experiments_compose_and_build_on_the_meta_device(name, composed):
+    plain = checkpoint.plain(composed(name))
     assert plain["name"] == name
     assert not list(trust.objections({k: plain[k] for k in ("model", "sampler", "guide")}))
     with torch.device("meta"):
-        system = checkpoint.build(config.model)
-    assert isinstance(system, DiffusionSystem)
-    assert {p.device.type for p in system.parameters()} == {"meta"}
-    count = sum(p.numel() for p in system.model.parameters())
-    assert count / 1e6 == pytest.approx(PARAMETERS.get(name, count / 1e6), abs=0.05)
-    # The network takes what the data delivers.
-    x, data, batch = system.latent(1), plain["data"], {}
-    if system.model.conditioner is not None:
-        scale = data["train"]["degrade"]["scale"]
-        small = [n // scale for n in data["size"]]
-        batch["low_res"] = torch.empty(1, 3, data["frames"], *small, device="meta")
-    cond = system.model.condition(batch)
-    out = system.model.net(*x.values(), time=torch.empty(1, device="meta"), **cond)
-    factor = 1 + plain["model"]["diffusion"]["learned_variance"]
-    for value, made in zip(x.values(), out if isinstance(out, tuple) else [out], strict=True):
-        assert list(made.shape) == [1, factor * value.shape[1], *value.shape[2:]]
+        system = checkpoint.build(plain["model"]).to("meta")
+        assert isinstance(system, System)
+        assert {p.device.type for p in system.parameters()} == {"meta"}
+        count = sum(p.numel() for p in system.model.parameters())
+        assert count / 1e6 == pytest.approx(PARAMETERS.get(name, count / 1e6), abs=0.05)
+        # The network takes what the data delivers.
+        made = system.once({**empty(1, system.shapes, "meta"), **plan.blank(system, 1)})
+    diffused = hasattr(system, "codec")
+    shapes = system.codec.shapes(system.shapes) if diffused else system.shapes
+    factor = 1 + plain["model"].get("diffusion", {}).get("learned_variance", False)
+    for (channels, *rest), value in zip(shapes.values(), made, strict=True):
+        assert list(value.shape) == [1, factor * channels, *rest]
+
+
+def test_latents_of_the_second_stage_are_of_the_first(composed):
+    """The shapes of both seeds; each experiment that needs a first stage has one here."""
+    needing = {n for n in EXPERIMENTS if "system" in (composed(n).model.get("codec") or {})}
+    assert needing == FIRST.keys()
+    for name, shape in (
+        ("diffgen", [32, 256]),
+        ("v2v", [4, 16, 32, 32]),
+        ("v2v_seed", [4, 16, 32, 32]),
+    ):
+        with torch.device("meta"):
+            system = checkpoint.build(composed(name).model)
+        assert list(system.codec.shapes(system.shapes).values()) == [shape]
+
+
+def test_text_to_audio_is_as_large_as_published(composed):
+    """Spec of text to audio, section 9: to the parameter."""
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    with torch.device("meta"):
+        decoder, generator = (checkpoint.build(composed(n).model) for n in ("dmae", "diffgen"))
+    assert count(decoder.model) == 185_107_872
+    # with the embedding of no text; the text's encoder is T5
+    assert count(generator.model) == 562_606_400
+    assert count(generator.model) - count(generator.model.net) == 128 * 768
 
 
 def test_published_experiments_follow_the_published_recipe():
@@ -162,6 +215,7 @@ VARIANTS = {
         "head_channels",
     },
     "avdiffusion.nn.unet.UNet": {
+        "video_channels",
         "channels",
         "channel_mult",
         "num_res_blocks",
@@ -174,15 +228,39 @@ VARIANTS = {
         "resblock_updown",
         "out_factor",
     },
-    "avdiffusion.diffusion.diffusion.Diffusion": {"learned_variance"},
+    "avdiffusion.nn.unet1d.UNet1d": {
+        "audio_channels",
+        "channels",
+        "factors",
+        "items",
+        "attentions",
+        "cross_attentions",
+        "inject_depth",
+        "attention_heads",
+        "attention_features",
+        "modulation",
+        "window_length",
+        "stride",
+        "filters",
+    },
+    "avdiffusion.nn.vae.VideoVAE": {
+        "channels",
+        "channel_mult",
+        "num_res_blocks",
+        "conv",
+        "patch",
+        "latent_channels",
+    },
+    "avdiffusion.diffusion.diffusion.Diffusion": {"learned_variance", "target"},
     "avdiffusion.diffusion.guide.Clamp": {"low", "high"},
     "avdiffusion.checkpoint.load": {"device"},  # of a weak model
     "avdiffusion.diffusion.path.DiscreteVP": {"betas"},
+    "avdiffusion.diffusion.path.CosineVP": {"scale"},
     "avdiffusion.samplers.dpm_solver.DPMSolver": {"steps", "grid", "form", "method", "order"},
     "avdiffusion.samplers.unipc.UniPC": {"grid", "order"},
     "avdiffusion.samplers.sde_dpm_solver.SDEDPMSolver": {"grid"},
     "avdiffusion.samplers.euler.Euler": {"grid", "shift"},  # on a flow
-    "avdiffusion.data.module.DataModule": {"num_workers", "root"},
+    "avdiffusion.data.module.DataModule": {"num_workers", "root", "batch_size", "channels"},
     "avdiffusion.data.clips.Clips": {
         "split",
         "flip",
@@ -192,9 +270,12 @@ VARIANTS = {
     "avdiffusion.data.images.Images": {"split", "flip"},
     "avdiffusion.data.shapes.MovingShapes": {"num", "seed"},
     "avdiffusion.data.shapes.GaussianNoise": {"num", "seed"},
-    "avdiffusion.data.degrade.Degraded": {"num"},
+    "avdiffusion.data.degrade.Degraded": {"num", "entry"},
     "avdiffusion.data.degrade.Degrade": {"kernel", "noise", "jpeg"},
     "avdiffusion.data.windows.Windows": {"split", "flip"},
+    "avdiffusion.data.pairs.Pairs": {"split", "flip"},
+    "avdiffusion.data.spoil.Spoil": {"blur", "noise"},
+    "avdiffusion.data.chirps.Chirps": {"num", "seed"},
     "avdiffusion.data.toy.Toy": {"num", "seed"},
     "avdiffusion.metrics.distance.Frechet": {"key", "label", "scale"},
     "avdiffusion.metrics.distance.Kernel": {"key", "label", "scale", "kernel"},

@@ -222,7 +222,14 @@ def graft(config: DictConfig, resume: str | Path | None = None) -> Path | None:
         )
     path = find(resume or given, config.paths.runs)
     stored = read(path, mmap=True)["hyper_parameters"]
-    part = stored["model"] if resume is None else stored["model"]["codec"]["system"]
+    part = stored["model"]
+    if resume is not None:
+        part = (part.get("codec") or {}).get("system")
+    if part is None:
+        raise CheckpointError(
+            f"{path} is no checkpoint of {config.name}: it diffuses no latents. To begin with what "
+            f"it encodes: init.codec.system={path}"
+        )
     judge(path, {"model": part}, trust=False)
     for name in ("sample_rate", "channels"):
         there, here = (each["data"].get(name) for each in (stored, config))
@@ -233,6 +240,13 @@ def graft(config: DictConfig, resume: str | Path | None = None) -> Path | None:
     with open_dict(config):
         config.model.codec.system = part
     return path if resume is None else None
+
+
+def reading(config: dict) -> dict:
+    """How the clips that a stored config trains on are read: its dataset's settings, or those of
+    the clips in it."""
+    trained = config["data"].get("train") or {}
+    return trained.get("clips") or trained
 
 
 def pour(path: Path, system: System) -> None:

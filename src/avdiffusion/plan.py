@@ -47,6 +47,8 @@ class Trial:
         self.dtype, self.device = DTYPES[precision], device
         self.clip = config["trainer"]["gradient_clip_val"]
         self.system: System = checkpoint.build(config["model"]).to(device)
+        if isinstance(codec := getattr(self.system, "codec", None), torch.nn.Module):
+            codec.eval()  # noise as clips is not judged
         found = self.system.configure_optimizers()
         self.optimizer = found["optimizer"] if isinstance(found, dict) else found
         for network in self.system.networks:

@@ -17,10 +17,16 @@ from avdiffusion.diffusion.grid import (
     time_uniform,
     trailing,
 )
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import EDM, CosineVP, DiscreteVP, RectifiedFlow
 
 VP = DiscreteVP()
-PATHS = {"linear": VP, "cosine": DiscreteVP(betas="cosine"), "flow": RectifiedFlow(), "edm": EDM()}
+PATHS = {
+    "linear": VP,
+    "cosine": DiscreteVP(betas="cosine"),
+    "flow": RectifiedFlow(),
+    "quarter": CosineVP(),
+    "edm": EDM(),
+}
 ON_EVERY_PATH = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 TABLES = (leading, sections)
 TO_T_MIN = (time_uniform, quadratic, log_snr)

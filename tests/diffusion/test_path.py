@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avdiffusion.diffusion.path import BETAS, EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import BETAS, EDM, CosineVP, DiscreteVP, RectifiedFlow
 
 PATHS = {
     "linear": DiscreteVP(),
@@ -15,6 +15,7 @@ PATHS = {
     "sigmoid": DiscreteVP(betas="sigmoid"),
     "linear50": DiscreteVP(steps=50),
     "flow": RectifiedFlow(),
+    "quarter": CosineVP(),
     "edm": EDM(),
 }
 EVERY = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -59,11 +60,11 @@ def test_everything_is_double_on_the_cpu(path):
         assert value.dim() == 0
 
 
-@TABLES
+@pytest.mark.parametrize("name", [*BETAS, "quarter"])
 @settings(deadline=None, max_examples=40)
 @given(t=st.floats(0, 1))
-def test_tables_preserve_variance(betas, t):
-    path = PATHS[betas]
+def test_variance_is_preserved(name, t):
+    path = PATHS[name]
     assert abs(float(path.alpha(double(t)) ** 2 + path.sigma(double(t)) ** 2) - 1) < 1e-12
 
 
@@ -106,7 +107,7 @@ def test_tiny_tables_are_finite(betas, steps):
 
 def test_t_zero_is_data():
     zero = double(0.0)
-    for name in ("linear", "cosine", "sigmoid", "flow"):
+    for name in ("linear", "cosine", "sigmoid", "flow", "quarter"):
         assert float(PATHS[name].alpha(zero)) == 1
         assert float(PATHS[name].sigma(zero)) == 0
     assert float(PATHS["edm"].alpha(zero)) == 1
@@ -123,6 +124,21 @@ def test_flow_and_edm_are_what_they_say():
     torch.testing.assert_close(PATHS["edm"].sigma(t), sigma)
     torch.testing.assert_close(PATHS["edm"].embed(t), 1000 * sigma.log() / 4)
     torch.testing.assert_close(EDM(sigma_max=1.0).sigma(double(1.0)), double(1.0))
+
+
+def test_the_quarter_circle_ends_where_no_signal_is_left():
+    """Exactly: what remains, cos(pi / 2) in floating point, would count as signal in log space."""
+    path, t = PATHS["quarter"], torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(path.alpha(t), torch.cos(math.pi * t / 2), rtol=0, atol=1e-15)
+    torch.testing.assert_close(path.sigma(t), torch.sin(math.pi * t / 2), rtol=0, atol=1e-15)
+    assert float(path.alpha(double(1.0))) == 0
+    assert float(path.sigma(double(1.0))) == 1
+    assert float(path.lam(double(1.0))) == -math.inf
+    assert float(path.time(double(-math.inf))) == 1
+    assert float(path.time(double(math.inf))) == 0
+    # 1000 t, as other paths have it, or t for a network that learns its frequencies
+    torch.testing.assert_close(path.embed(t), 1000 * t)
+    torch.testing.assert_close(CosineVP(scale=1.0).embed(t), t)
 
 
 def test_wrong_settings_are_named():

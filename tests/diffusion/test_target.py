@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avdiffusion.diffusion.diffusion import Diffusion
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import EDM, CosineVP, DiscreteVP, RectifiedFlow
 from avdiffusion.diffusion.target import TARGETS, det, edm_pair, scale_in
 from avdiffusion.media import Media
 
@@ -12,6 +12,7 @@ PATHS = {
     "linear": DiscreteVP(),
     "cosine": DiscreteVP(betas="cosine"),
     "flow": RectifiedFlow(),
+    "quarter": CosineVP(),
     "edm": EDM(),
 }
 
@@ -93,7 +94,7 @@ def test_edm_is_the_published_preconditioning(sigma_data):
     torch.testing.assert_close(a * x0 + b * eps, goal, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("path", [PATHS["linear"], PATHS["cosine"]])
+@pytest.mark.parametrize("path", [PATHS[name] for name in ("linear", "cosine", "quarter")])
 def test_edm_of_unit_data_is_minus_v_where_variance_is_preserved(path):
     t = torch.linspace(0.001, 1, 100, dtype=torch.float64)
     alpha, sigma = path.alpha(t), path.sigma(t)
@@ -116,9 +117,11 @@ def test_the_network_sees_unit_variance():
 
 
 def test_targets_that_lose_the_data_are_refused():
-    with pytest.raises(ValueError, match="target='eps' does not determine the data at t=1"):
-        Diffusion(net=Oracle(), path=RectifiedFlow(), target="eps")
+    for path in (RectifiedFlow(), CosineVP()):
+        with pytest.raises(ValueError, match="target='eps' does not determine the data at t=1"):
+            Diffusion(net=Oracle(), path=path, target="eps")
     with pytest.raises(ValueError, match="target='noise' is not one of eps, x0, v, flow, edm"):
         Diffusion(net=Oracle(), path=DiscreteVP(), target="noise")
     for target in ("x0", "v", "flow", "edm"):
         Diffusion(net=Oracle(), path=RectifiedFlow(), target=target)
+        Diffusion(net=Oracle(), path=CosineVP(), target=target)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import EDM, CosineVP, DiscreteVP, RectifiedFlow
 from avdiffusion.diffusion.target import TARGETS, det
 from avdiffusion.diffusion.weight import (
     Constant,
@@ -20,6 +20,7 @@ PATHS = {
     "linear": DiscreteVP(),
     "cosine": DiscreteVP(betas="cosine"),
     "flow": RectifiedFlow(),
+    "quarter": CosineVP(),
     "edm": EDM(),
 }
 EVERY = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
@@ -87,7 +88,7 @@ def terms(path, target, sigma_data=1.0):
     return alpha, sigma, d, alpha**2 / sigma**2
 
 
-@pytest.mark.parametrize("path", [PATHS["linear"], PATHS["cosine"]])
+@pytest.mark.parametrize("path", [PATHS[name] for name in ("linear", "cosine", "quarter")])
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_the_published_weight(path, gamma):
     """Hang et al. 2023: min(SNR, gamma) on x0, / SNR on eps, / (SNR + 1) on v."""

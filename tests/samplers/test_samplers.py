@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import avdiffusion.samplers
 from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.grid import GRIDS
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import EDM, CosineVP, DiscreteVP, RectifiedFlow
 from avdiffusion.media import Media
 from avdiffusion.samplers.ddim import DDIM
 from avdiffusion.samplers.ddpm import DDPM
@@ -30,6 +30,7 @@ PATHS = {
     "linear": DiscreteVP(),
     "cosine": DiscreteVP(betas="cosine"),
     "flow": RectifiedFlow(),
+    "quarter": CosineVP(),
     "edm": EDM(),
 }
 MEAN, SPREAD = 0.3, 0.5

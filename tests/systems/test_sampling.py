@@ -20,7 +20,7 @@ import avdiffusion.samplers
 from avdiffusion.diffusion.diffusion import Diffusion
 from avdiffusion.diffusion.guide import AutoGuidance, Clamp, ClassifierFree, IntegerTimes, Threshold
 from avdiffusion.diffusion.known import Reconstruct, Replace
-from avdiffusion.diffusion.path import EDM, DiscreteVP, RectifiedFlow
+from avdiffusion.diffusion.path import EDM, CosineVP, DiscreteVP, RectifiedFlow
 from avdiffusion.nn.coupled_unet import CoupledUNet
 from avdiffusion.samplers.ddim import DDIM
 from avdiffusion.samplers.ddpm import DDPM
@@ -303,7 +303,7 @@ def test_subsets_orders_and_groupings(built, model, sampler, name):
         same(clips(made(model, index, *asked)), whole, index)
 
 
-PATHS = {"flow": RectifiedFlow(), "edm": EDM(), "linear": DiscreteVP()}
+PATHS = {"flow": RectifiedFlow(), "quarter": CosineVP(), "edm": EDM(), "linear": DiscreteVP()}
 
 
 @pytest.mark.parametrize(

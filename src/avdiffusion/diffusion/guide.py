@@ -164,6 +164,7 @@ class System(Protocol):
     """What guidance by another model needs of it; a `DiffusionSystem` has it."""
 
     task: Task
+    model: Any
 
     def denoise(self, task: Task) -> Denoise: ...
     def latent(self, count: int) -> Media: ...
@@ -204,6 +205,11 @@ class AutoGuidance:
         weak, ours, theirs = self.weak.task, shapes(x), shapes(self.weak.latent(1))
         if ours != theirs:
             raise ValueError(f"the weak model makes {theirs}, not {ours}")
+        if task.cond and any(True for _ in self.weak.model.conditioner.parameters()):
+            raise ValueError(
+                "the weak model learned to read what it is told, and would be told what the other "
+                "one reads: leave out guide=[auto]"
+            )
         t = torch.linspace(task.path.t_min, task.path.t_max, 5, dtype=torch.float64)
         if not torch.allclose(weak.path.lam(t), task.path.lam(t)):
             raise ValueError("the weak model was trained on another noise path")

@@ -22,6 +22,10 @@ class Identity(nn.Module):
     def encode(self, x: Media) -> Media:
         return x
 
+    def checked(self, z: Media) -> Media:
+        """What is diffused of a training batch, after a look at it."""
+        return z
+
     def mask(self, known: Media) -> Media:
         """Where what is diffused is known, if the data is there."""
         return known

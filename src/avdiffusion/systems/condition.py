@@ -165,7 +165,8 @@ class Text(nn.Module):
     def __init__(self, *, encoder: nn.Module, drop: float = 0.1):
         super().__init__()
         self.encoder, self.drop = encoder, share(drop)
-        self.empty = nn.Parameter(nn.init.normal_(torch.empty(encoder.max_length, encoder.width)))
+        empty = nn.init.normal_(torch.empty(encoder.max_length, encoder.width))
+        self.empty = nn.Parameter(empty, requires_grad=drop > 0)  # else it has no gradient
 
     def forward(self, batch: Mapping[str, Any], encode: Encode) -> dict[str, Tensor]:
         if "embedding" in batch:

@@ -120,7 +120,7 @@ class DiffusionSystem(System):
     def encode(self, batch: Mapping[str, Any]) -> Media:
         """What is diffused of a batch: integers are pixels or PCM samples, floats in [-1, 1]."""
         with torch.no_grad():
-            return self.codec.encode(self.clips(batch))
+            return self.codec.checked(self.codec.encode(self.clips(batch)))
 
     def told(
         self, model: Diffusion, batch: Mapping[str, Any], u: Tensor | None = None

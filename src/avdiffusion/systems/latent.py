@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.noise import Noise
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import last
 from avdiffusion.systems.codec import Identity
+from avdiffusion.systems.condition import Encoded
 from avdiffusion.systems.moments import Moments
 from avdiffusion.systems.system import System, empty
 
@@ -28,8 +29,13 @@ class Frozen(Identity):
     holds = False
 
     def __init__(self, system: System, *, gate: bool = True):
+        if not self.fits(system.model):
+            raise ValueError(
+                f"{type(self).__name__} makes latents by {self.kind}, which init.codec.system has "
+                "to name: this is a model of another kind"
+            )
         super().__init__()
-        self.model = system.ema.ema_model.requires_grad_(False).eval()
+        self.model = system.ema.ema_model.eval()
         self.modality, self.own = next(iter(system.shapes.items()))
         self.gate, self.seen, self.found = gate, 0, []
 
@@ -38,12 +44,14 @@ class Frozen(Identity):
         self.model.eval()
         return self
 
-    def checked(self, z: Tensor) -> Tensor:
-        """Normalised latents as they are; an error where the training's first have not 0 and 1."""
+    def checked(self, z: Media) -> Media:
+        """Latents as they are; an error where the training's first have not 0 and 1."""
         if self.gate and self.training and self.seen < SEEN:
-            self.found = self.found or [Moments(z.shape[1]).to(z.device)]  # no part of the module
-            self.found[0].update(z)
-            self.seen += len(z)
+            latent = z[self.modality]
+            if not self.found:  # a list, so that it is no part of the module
+                self.found = [Moments(latent.shape[1]).to(latent.device)]
+            self.found[0].update(latent)
+            self.seen += len(latent)
             if self.seen >= SEEN:
                 self._judge(self.found[0].mean.tolist(), self.found[0].deviation.tolist())
         return z
@@ -66,12 +74,18 @@ class Latent(Frozen):
     Encoding takes the mean of the posterior.
     """
 
+    kind = "an autoencoder such as exp=v2v_vae"
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        return hasattr(model, "moments")
+
     def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         return {**shapes, self.modality: self.model.net.shape(shapes[self.modality])}
 
     def encode(self, x: Media) -> Media:
         latent = self.model.net.encode(x[self.modality]).mode()
-        return Media({self.modality: self.checked(self.model.moments.normalise(latent))})
+        return Media({self.modality: self.model.moments.normalise(latent)})
 
     def decode(self, z: Media, noise: Noise) -> Media:
         latent = self.model.moments.restore(z[self.modality])
@@ -85,6 +99,12 @@ class Decoder(Frozen):
     space of that system's own codec, `inner`.
     """
 
+    kind = "a diffusion autoencoder such as exp=dmae"
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        return isinstance(getattr(model, "conditioner", None), Encoded)
+
     def __init__(self, system: System, *, gate: bool = True):
         super().__init__(system, gate=gate)
         self.sampler, self.inner = system.sampler, system.codec
@@ -96,7 +116,7 @@ class Decoder(Frozen):
     def encode(self, x: Media) -> Media:
         latent = self.model.condition(x, self.inner.encode)["concat"]
         moments = self.model.conditioner.moments
-        return Media({self.modality: self.checked(moments.normalise(latent))})
+        return Media({self.modality: moments.normalise(latent)})
 
     def decode(self, z: Media, noise: Noise) -> Media:
         conditioner, path = self.model.conditioner, self.model.path

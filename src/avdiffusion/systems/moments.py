@@ -1,6 +1,7 @@
 """The mean and deviation of every channel of what an encoder makes, as it is trained."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 RECENT = 0.01  # share of a batch in the averages, once there have been many
@@ -9,8 +10,9 @@ RECENT = 0.01  # share of a batch in the averages, once there have been many
 class Moments(nn.Module):
     """Running averages over batches [B, C, ...] of each channel's mean and mean square.
 
-    With them values are brought to mean 0 and deviation 1, and back; as long as there has been no
-    batch they stay what they are.
+    A batch is that of all processes together, which hold equal shares of it. With the averages
+    values are brought to mean 0 and deviation 1, and back; as long as there has been no batch they
+    stay what they are.
     """
 
     def __init__(self, channels: int):
@@ -23,10 +25,14 @@ class Moments(nn.Module):
     def update(self, z: Tensor) -> None:
         """Takes a batch into the averages."""
         values = z.float().transpose(0, 1).flatten(1)
+        found = torch.stack((values.mean(1), values.square().mean(1)))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(found)
+            found /= dist.get_world_size()
         self.batches += 1
         share = (1 / self.batches).clamp(min=RECENT)
-        self.mean.lerp_(values.mean(1), share)
-        self.square.lerp_(values.square().mean(1), share)
+        self.mean.lerp_(found[0], share)
+        self.square.lerp_(found[1], share)
 
     @property
     def deviation(self) -> Tensor:

@@ -11,9 +11,10 @@ from avdiffusion.systems.system import unit
 # ---------------------------------------------------------------------------------------- losses
 
 
-def test_losses_are_those_of_their_formulas():
+@pytest.mark.parametrize(("error", "power"), [("absolute", 1), ("squared", 2)])
+def test_losses_are_those_of_their_formulas(error, power):
     """Of a sample of the posterior; the divergence by torch's own distributions."""
-    system, given = vae(kl=0.3, change=0.2), batch(4)
+    system, given = vae(error=error, kl=0.3, change=0.2), batch(4)
     found = system.training_loss(given)
     clip, net = given["video"].float() / 127.5 - 1, system.model.net
     with torch.no_grad():
@@ -25,9 +26,9 @@ def test_losses_are_those_of_their_formulas():
     standard = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
     error = made - clip
     expected = {
-        "video": error.abs().mean((1, 2, 3, 4)),
+        "video": (error.abs() ** power).mean((1, 2, 3, 4)),
         "video_kl": torch.distributions.kl_divergence(own, standard).mean((1, 2, 3, 4)),
-        "video_change": (error[:, :, 1:] - error[:, :, :-1]).abs().mean((1, 2, 3, 4)),
+        "video_change": error.diff(dim=2).abs().pow(power).mean((1, 2, 3, 4)),
     }
     assert found["losses"].keys() == expected.keys()
     for name, value in expected.items():

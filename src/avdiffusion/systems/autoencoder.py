@@ -14,6 +14,8 @@ from avdiffusion.systems.condition import Same
 from avdiffusion.systems.moments import Moments
 from avdiffusion.systems.system import Samples, System, finite, unit
 
+ERRORS = {"absolute": torch.abs, "squared": torch.square}
+
 
 class Autoencoder(nn.Module):
     """A network that encodes and decodes, and the moments of its latents."""
@@ -44,9 +46,9 @@ class Itself(Same):
 class AutoencoderSystem(System):
     """A variational autoencoder of clips, trained to give them back (Kingma and Welling 2014).
 
-    The loss is the absolute error of a sample of the posterior, of each value; `kl` times the
-    divergence of the posterior from N(0, 1), of each value of the latent; and `change` times the
-    absolute error of the change from each frame to the next, against flicker.
+    The loss is the `error`, absolute or squared, of a sample of the posterior, of each value; `kl`
+    times the divergence of the posterior from N(0, 1), of each value of the latent; and `change`
+    times the error of the change from each frame to the next, against flicker.
     """
 
     def __init__(
@@ -58,13 +60,16 @@ class AutoencoderSystem(System):
         optimizer: Callable,
         ema: Callable[..., EMA | PowerEMA],
         lr_schedule: Callable | None = None,
+        error: str = "absolute",
         kl: float = 1e-4,
         change: float = 0.5,
         seed: int = 0,
     ):
         if len(shapes) != 1:
             raise ValueError(f"an autoencoder is of one modality, not of {list(shapes)}")
-        self.modality = next(iter(shapes))
+        if error not in ERRORS:
+            raise ValueError(f"error={error!r} is not one of {', '.join(ERRORS)}")
+        modality = next(iter(shapes))
         super().__init__(
             Autoencoder(net),
             shapes=shapes,
@@ -72,9 +77,10 @@ class AutoencoderSystem(System):
             optimizer=optimizer,
             ema=ema,
             lr_schedule=lr_schedule,
-            weights={f"{self.modality}_kl": kl, f"{self.modality}_change": change},
+            weights={f"{modality}_kl": kl, f"{modality}_change": change},
             seed=seed,
         )
+        self.modality, self.error = modality, ERRORS[error]
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -103,12 +109,12 @@ class AutoencoderSystem(System):
         made = made.float()[tuple(map(slice, clip.shape))]
         per_value = posterior.mode()[0].numel()
         found = {
-            "": (made - clip).abs().flatten(1).mean(1),
+            "": self.error(made - clip).flatten(1).mean(1),
             "_kl": posterior.kl() / per_value,
         }
         if clip.shape[2] > 1:
             error = made.diff(dim=2) - clip.diff(dim=2)
-            found["_change"] = error.abs().flatten(1).mean(1)
+            found["_change"] = self.error(error).flatten(1).mean(1)
         return {f"{self.modality}{name}": value for name, value in found.items()}
 
     def validation_step(self, batch: dict, _: int) -> None:

@@ -119,7 +119,8 @@ def refuse_conditioned(ckpt: str, system: DiffusionSystem) -> None:
         raise ValueError(
             f"{ckpt} makes clips of others, and is judged by what it makes of them: "
             f"python sample.py ckpt={ckpt} given=CLIPS out=OUT, then python evaluate.py "
-            'samples=OUT target=ORIGINALS "metrics=[restoration,lpips]"'
+            'samples=OUT target=ORIGINALS "metrics=[restoration,lpips]" '
+            '(of sounds, "metrics=[stft]")'
         )
 
 
@@ -170,7 +171,7 @@ def real_form(form: Form, metrics: Iterable[Metric]) -> Form:
 
 def of_model(system: DiffusionSystem) -> dict:
     """The form of a model's clips, and what its data were brought to."""
-    found, trained = {}, checkpoint.reading(system.config)
+    found, trained = {}, checkpoint.clips_of(system.config)
     if "video" in system.shapes:
         _, frames, height, width = system.shapes["video"]
         found |= {"fps": system.rates["video"], "frames": frames, "size": (height, width)}

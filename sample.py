@@ -130,8 +130,8 @@ def folder(config: DictConfig, paths: list[Path]) -> Path:
 def generate(config: DictConfig, paths: list, systems: list, step: Step) -> None:
     """Samples of the first system, which those after it make larger in turn."""
     system, finer = systems[0], systems[1:]
-    trained = checkpoint.reading(system.config)
-    given, texts = parts(config, system), told(config)
+    trained = checkpoint.clips_of(system.config)
+    given, texts = parts(config, system), texts_of(config)
     num = len(given or texts or range(16)) if config.num is None else config.num
     index = list(range(num)) if config.index is None else list(config.index)
     if not index or not all(isinstance(i, int) and i >= 0 for i in index):
@@ -285,6 +285,7 @@ def remake(config: DictConfig, path: Path, system: System, step: Step) -> None:
     framewise = getattr(system.model.net, "framewise", False)
     frames = (config.frames_at_once or 16) if framewise else system.shapes[modality][1]
     options = {"seed": config.seed, "step": step, "frames": frames}
+    options["loudness"] = checkpoint.clips_of(system.config).get("loudness")
     unit = "frame" if modality == "video" else "clip"
     with tqdm(unit=unit, disable=None if not RANK else True) as bar:
         for i in missing[RANK::WORLD]:
@@ -316,7 +317,7 @@ def parts(config: DictConfig, system) -> Given | None:
         return None
     if config.known is None:
         raise ValueError('given= needs known=, what of it is to be kept: "known=[audio]"')
-    trained = checkpoint.reading(system.config)
+    trained = checkpoint.clips_of(system.config)
     return Given(
         config.given,
         known=asked(config)["known"],
@@ -327,7 +328,7 @@ def parts(config: DictConfig, system) -> Given | None:
     )
 
 
-def told(config: DictConfig) -> list[str] | None:
+def texts_of(config: DictConfig) -> list[str] | None:
     """The texts that samples are made of, in turn."""
     texts = [config.text] if isinstance(config.text, str) else config.text
     if texts is None:

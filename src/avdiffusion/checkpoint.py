@@ -212,9 +212,14 @@ def graft(config: DictConfig, resume: str | Path | None = None) -> Path | None:
     weights. A run that goes on has both in its own checkpoint, `resume`.
     """
     codec = config.model.get("codec") or {}
-    if "system" not in codec or codec.system is not None:
-        return None
     given = config.init.codec.system
+    if "system" not in codec or codec.system is not None:
+        if given is not None:
+            raise CheckpointError(
+                f"{config.name} diffuses no other model's latents: leave out init.codec.system=, "
+                "or choose model/codec=latent or decoder"
+            )
+        return None
     if resume is None and given is None:
         raise CheckpointError(
             f"{config.name} works on what another model encodes: train that first, then give its "
@@ -230,19 +235,20 @@ def graft(config: DictConfig, resume: str | Path | None = None) -> Path | None:
             f"{path} is no checkpoint of {config.name}: it diffuses no latents. To begin with what "
             f"it encodes: init.codec.system={path}"
         )
-    judge(path, {"model": part}, trust=False)
+    judge(path, {"model": part}, trust=config.trust)
     for name in ("sample_rate", "channels"):
-        there, here = (each["data"].get(name) for each in (stored, config))
+        there, here = ((each.get("data") or {}).get(name) for each in (stored, config))
         if there != here:
             raise CheckpointError(
-                f"{path} was trained with data.{name}={there}, this is data.{name}={here}"
+                f"{path} was trained with data.{name}={there}, this is data.{name}={here}: give "
+                f"data.{name}={there}, or another checkpoint as init.codec.system="
             )
     with open_dict(config):
         config.model.codec.system = part
     return path if resume is None else None
 
 
-def reading(config: dict) -> dict:
+def clips_of(config: dict) -> dict:
     """How the clips that a stored config trains on are read: its dataset's settings, or those of
     the clips in it."""
     trained = config["data"].get("train") or {}
@@ -251,9 +257,14 @@ def reading(config: dict) -> dict:
 
 def pour(path: Path, system: System) -> None:
     """Puts the averaged weights of the checkpoint that was grafted into a system's codec."""
-    weights, begin = read(path, mmap=True)["state_dict"], "ema.ema_model."
-    own = {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
-    system.codec.model.load_state_dict(own)
+    weights = read(path, mmap=True)["state_dict"]
+
+    def under(begin: str) -> dict:
+        return {k.removeprefix(begin): v for k, v in weights.items() if k.startswith(begin)}
+
+    system.codec.model.load_state_dict(under("ema.ema_model."))
+    if (inner := getattr(system.codec, "inner", None)) is not None:
+        inner.load_state_dict(under("codec."))
 
 
 def merged(stored: dict, given: Any, name: str) -> dict:

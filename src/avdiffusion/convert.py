@@ -125,7 +125,7 @@ def convert(
         "tensors": len(used),
         "unused": unused,
         "place": place,
-        "told": _told(system),
+        "told": _words(system),
     }
 
 
@@ -167,7 +167,7 @@ def _files(source, target, overwrite) -> tuple[Path, Path]:
     return source, target
 
 
-def _told(system: nn.Module) -> str:
+def _words(system: nn.Module) -> str:
     """What sample.py has to be given besides the checkpoint."""
     if system.remakes:
         return " given=DIR"
@@ -176,8 +176,8 @@ def _told(system: nn.Module) -> str:
 
 def normalised(system: nn.Module) -> bool:
     """Whether a system diffuses what another model encodes, brought to mean 0, deviation 1."""
-    counts = (v for k, v in system.codec.named_buffers() if k.endswith("moments.batches"))
-    return any(counts)
+    means = (v for k, v in system.codec.named_buffers() if k.endswith("moments.mean"))
+    return any(bool(mean.any()) for mean in means)  # of a copy, batches are not counted
 
 
 def check(system: nn.Module, layout: Layout) -> None:

@@ -19,7 +19,7 @@ log = logging.getLogger("avdiffusion")
 FREE = ("ckpt", "paths", "logger", "strategy", "callbacks.progress", "trainer.devices")
 FREE += ("trainer.num_nodes", "trainer.strategy", "trainer.accelerator", "trainer.default_root_dir")
 FREE += ("data.num_workers", "data.micro_batch", "compile")
-FREE += ("model.codec.system",)  # which init.codec.system brings
+FREE += ("model.codec.system", "trust")  # which init.codec.system brings
 
 SWEEP = {"-m", "--multirun"}
 TELLING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from avdiffusion.data.clips import levelled
 from avdiffusion.data.given import entries_of
 from avdiffusion.io import MediaError, read_clip, write_wav
 from avdiffusion.media import Media
@@ -98,21 +99,24 @@ def restore(
     *,
     index: int,
     frames: int = 16,
+    loudness: float | None = None,
     progress: Callable[[int], object] | None = None,
     **options: object,
 ) -> None:
     """Writes `source` with the picture that a system makes of it, as sample `index`, or its sound.
 
-    Pictures are given to it `frames` at a time, sound as a whole; `options` are those of
-    `DiffusionSystem.conditioned`.
+    Pictures are given to it `frames` at a time, sound as a whole, at the `loudness` of what it was
+    trained on, and comes back at its own; `options` are those of `DiffusionSystem.conditioned`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if system.remakes.modality == "audio":
         rate, channels = int(system.rates["audio"]), system.shapes["audio"][0]
         heard = read_clip(source, sample_rate=rate, channels=channels, modalities=["audio"])
-        clip = Media(audio=torch.from_numpy(heard["audio"])[None])
-        made = system.conditioned(system.remakes.batch(clip), [index], **options)
-        write_wav(target, sound(made.clips["audio"][0]), sample_rate=rate)
+        audio = levelled(heard["audio"], loudness)
+        gain = np.abs(audio).max() / max(np.abs(heard["audio"]).max(), 1e-9) or 1.0
+        batch = system.remakes.batch(Media(audio=torch.from_numpy(audio)[None]))
+        made = system.conditioned(batch, [index], **options)
+        write_wav(target, sound(made.clips["audio"][0] / gain), sample_rate=rate)
         if progress:
             progress(1)
         return

@@ -26,6 +26,7 @@ from avdiffusion.diffusion.noise import Noise
 from avdiffusion.media import Media
 from avdiffusion.samplers.ddpm import DDPM
 from avdiffusion.systems.latent import Decoder, Latent
+from avdiffusion.systems.step import Step
 from avdiffusion.systems.system import unit
 from avdiffusion.systems.timeline import Blank
 
@@ -219,8 +220,8 @@ def test_clips_are_of_the_averaged_weights(name):
 
 
 def encoded(codec, name, clips, scale=1.0, parts=8):
-    """Encodes 64 clips, a part at a time; how many had been when there was an error."""
-    x = unit(clips(64)) * scale
+    """Encodes 128 clips, a part at a time; how many had been when there was an error."""
+    x = unit(clips(128)) * scale
     for k, part in enumerate(x.chunk(parts)):
         try:
             codec.checked(codec.encode(Media({name: part})))
@@ -237,8 +238,8 @@ def test_latents_that_are_not_normalised_end_training_early(codec, name, clips):
     moments = bad.model.moments if name == "video" else bad.model.conditioner.moments
     moments.square += 4 * (moments.square - moments.mean.square())
     count, told = encoded(bad.train(), name, clips)
-    assert count == 64
-    assert told.startswith("the latents of the first 64 clips are not normalised (by channel: ")
+    assert count == 128
+    assert told.startswith("the latents of the first 128 clips are not normalised (by channel: ")
     assert "0.45" in told  # the root of 5 too small
     assert "init.codec.system=CKPT" in told
     assert "model.codec.gate=false" in told
@@ -272,15 +273,15 @@ def test_latents_are_judged_in_training_and_where_they_are_to_be(codec, name, cl
         moments.square.mul_(100)
         assert encoded(chosen, name, clips) == (None, "")
     # what was seen in evaluation is not counted
-    assert encoded(chosen.train(), name, clips, parts=2)[0] == 64
+    assert encoded(chosen.train(), name, clips, parts=2)[0] == 128
 
 
 def test_the_gate_ends_the_training_of_a_system():
     system = source(latent())
     system.codec.model.moments.square.mul_(9)
-    step(system, count=63)  # their sources do not count
+    step(system, count=127)  # their sources do not count
     with pytest.raises(ValueError, match=r"not normalised \(by channel: .* \+- .*gate=false"):
-        step(system, count=1, position=63)
+        step(system, count=1, position=127)
 
 
 # -------------------------------------------------------------------------------------- sampling
@@ -330,3 +331,15 @@ def test_longer_clips_of_latents_are_made_as_a_whole():
     part = Blank(system.shapes, system.rates)
     with pytest.raises(ValueError, match="what is known of a clip is not known of its latents"):
         made(system, given=[part, part], guides=[Reconstruct()])
+
+
+def test_decoding_calls_networks_as_it_is_told():
+    """In bfloat16 both the generator's and the decoder's network."""
+    system, seen = text(decoder()), []
+    nets = system.ema.ema_model.net, system.codec.model.net
+    for net in nets:
+        net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    told = {"told": lambda numbers: {"text": ["a"] * len(numbers)}}
+    list(system.samples([0], micro_batch=1, step=Step(precision="bf16-mixed"), **told))
+    assert seen
+    assert all(seen)

@@ -115,3 +115,16 @@ def test_what_was_measured_is_part_of_the_state():
     other.load_state_dict(moments.state_dict())
     assert torch.equal(other.normalise(z), moments.normalise(z))
     assert int(other.batches) == 1
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_is_left_out(wrong):
+    """Training goes on after one, and so do these."""
+    moments, z = Moments(2), torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(0))
+    moments.update(z)
+    before = moments.mean.clone(), moments.square.clone()
+    broken = z.clone()
+    broken[0, 0, 0] = wrong
+    moments.update(broken)
+    assert torch.equal(moments.mean, before[0])
+    assert torch.equal(moments.square, before[1])

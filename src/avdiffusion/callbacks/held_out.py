@@ -27,7 +27,7 @@ def remakes(system: pl.LightningModule) -> Any:
     return getattr(system, "remakes", None)
 
 
-def told(system: pl.LightningModule) -> bool:
+def conditional(system: pl.LightningModule) -> bool:
     """Whether a system has to be told of something to make a clip: of another clip, or a text."""
     conditioner = getattr(getattr(system, "model", None), "conditioner", None)
     return remakes(system) is not None or conditioner is not None
@@ -83,17 +83,20 @@ class HeldOut:
     """
 
     def __init__(self, data: Dataset | Sequence, system: pl.LightningModule):
-        self.data, self.system, self.kept = data, system, (0, None)
+        self.data, self.system, self.kept, self.said = data, system, (0, None), {}
         self.order = np.random.default_rng(0).permutation(len(data)).tolist()
 
     def batch(self, index: Sequence[int]) -> dict:
         """The items of which these samples are made."""
-        return default_collate([self.data[self.order[i % len(self.order)]] for i in index])
+        batch = default_collate([self.data[self.order[i % len(self.order)]] for i in index])
+        self.said |= dict(zip(index, batch.get("text", ()), strict=False))
+        return batch
 
     def texts(self, index: Sequence[int]) -> list[str] | None:
         """What these samples are of, if the items say so."""
-        items = [self.data[self.order[i % len(self.order)]] for i in index]
-        return [item["text"] for item in items] if "text" in items[0] else None
+        if index[0] not in self.said:  # another process has made them
+            self.batch(index)
+        return [self.said[i] for i in index] if self.said else None
 
     def samples(self, index: Sequence[int], *, micro_batch: int, **options: object) -> Iterator:
         """`Samples` as those of a system that is given nothing, `micro_batch` at a time."""

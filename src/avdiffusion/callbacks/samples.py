@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avdiffusion.callbacks.evolution import evolution
-from avdiffusion.callbacks.held_out import HeldOut, remakes, told
+from avdiffusion.callbacks.held_out import HeldOut, conditional, remakes
 from avdiffusion.callbacks.loggers import Once
 from avdiffusion.callbacks.publish import publish
 from avdiffusion.callbacks.scores import Scorer, Scores, arrays
@@ -75,7 +75,7 @@ class SampleClips(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, system: pl.LightningModule) -> None:
         self.last = trainer.global_step
-        if told(system):
+        if conditional(system):
             self.held_out = HeldOut(getattr(trainer.datamodule, "val", None) or (), system)
             if trainer.is_global_zero and not self.held_out.data:
                 log.warning("no clips are sampled: there is no validation clip to make them of")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.path import Path, rows
@@ -205,10 +205,11 @@ class AutoGuidance:
         weak, ours, theirs = self.weak.task, shapes(x), shapes(self.weak.latent(1))
         if ours != theirs:
             raise ValueError(f"the weak model makes {theirs}, not {ours}")
-        if task.cond and any(True for _ in self.weak.model.conditioner.parameters()):
+        reads = self.weak.model.conditioner if task.cond else nn.Identity()
+        if reads is None or list(reads.parameters()):
             raise ValueError(
-                "the weak model learned to read what it is told, and would be told what the other "
-                "one reads: leave out guide=[auto]"
+                "the weak model is told nothing, or learned by itself to read what it is told: "
+                "leave out guide=[auto]"
             )
         t = torch.linspace(task.path.t_min, task.path.t_max, 5, dtype=torch.float64)
         if not torch.allclose(weak.path.lam(t), task.path.lam(t)):

@@ -115,6 +115,11 @@ def labels(clips: ClipSet) -> np.ndarray:
 
 def targets(root: str | Path, form: Form, samples: ClipSet, **options: object) -> Files:
     """Of each sample the same stretch of the file of its name, whatever that file's suffix."""
+    if not form.modalities:
+        raise ValueError(
+            "these metrics look at nothing that the samples have: of sounds, "
+            '"metrics=[stft]" compares with a target, of videos "metrics=[restoration,lpips]"'
+        )
     every = Files(root, form, silent=True, **options)
     files = {place: path for path, (place, _) in zip(every.sources, every.places, strict=True)}
     lost = [

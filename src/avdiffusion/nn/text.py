@@ -52,9 +52,9 @@ class ByteEncoder(nn.Module):
                 found = [*found[: self.max_length - 1], END]
             lengths.append(len(found))
             rows.append(found + [END] * (self.max_length - len(found)))
-        tokens = torch.tensor(rows, device=device)
+        tokens = moved(torch.tensor(rows, device="cpu"), device)
         places = torch.arange(self.max_length, device=device)
-        mask = places < torch.tensor(lengths, device=device)[:, None]
+        mask = places < moved(torch.tensor(lengths, device="cpu"), device)[:, None]
         x = self.token(tokens) + self.position.weight
         for block in self.blocks:
             x = block(x, mask)
@@ -165,13 +165,14 @@ class _Pretrained:
     def __call__(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Embeddings [B, N, D] and mask [B, N]."""
         new = [text for text in dict.fromkeys(texts) if text not in self.kept]
-        fresh = dict(zip(new, self._embedded(new, device), strict=True)) if new else {}
+        # one by one: side by side each would depend, to rounding, on the others
+        fresh = {text: self._embedded([text], device)[0] for text in new}
         for text in texts:  # the last used are last
             self.kept[text] = fresh[text] if text in fresh else self.kept.pop(text)
         pairs = [self.kept[text] for text in texts]
         while len(self.kept) > KEPT:
             self.kept.popitem(last=False)
-        return tuple(torch.stack(part).to(device) for part in zip(*pairs, strict=True))
+        return tuple(moved(torch.stack(part), device) for part in zip(*pairs, strict=True))
 
     def _embedded(self, texts, device):
         """(embedding [N, D], mask [N]) of each, in main memory."""
@@ -188,6 +189,13 @@ class _Pretrained:
 def _pretrained(name: str, revision: str | None, max_length: int) -> _Pretrained:
     """The one that all modules of this process share."""
     return _Pretrained(name, revision, max_length)
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """On the device, for whose work nobody waits."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @cache

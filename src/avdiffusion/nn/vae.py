@@ -5,7 +5,7 @@ factor of compression: outside, clips are [B, C, T, H, W], inside [B, T, H, W, C
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -130,23 +130,24 @@ class VideoVAE(nn.Module):
         decoder += [*blocks(widths[0]), Last(widths[0], pixels)]
         self.decoder = Layers(decoder, again=checkpoint)
 
-    def encode(self, x: Tensor) -> Gaussian:
+    def encode(self, x: Tensor, encoder: Callable[[Tensor], Tensor] | None = None) -> Gaussian:
         """What the latents [B, z, T, ceil(H / f), ceil(W / f)] of clips [B, C, T, H, W] may be.
 
-        A size that the factor does not divide is filled up by repeating the edges.
+        A size that the factor does not divide is filled up by repeating the edges. `encoder`:
+        another way to call that.
         """
         frames = rearrange(x, "b c t h w -> (b t) c h w")
         height, width = frames.shape[2:]
         frames = F.pad(frames, (0, -width % self.factor, 0, -height % self.factor), "replicate")
         frames = F.pixel_unshuffle(frames, self.patch)
         clips = rearrange(frames, "(b t) c h w -> b t h w c", b=len(x)).contiguous()
-        made = self.encoder(clips).to(x.dtype).movedim(-1, 1)
+        made = (encoder or self.encoder)(clips).to(x.dtype).movedim(-1, 1)
         mean, log_variance = made.chunk(2, dim=1)
         return Gaussian(mean.contiguous(), log_variance.clamp(-30, 20))
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, decoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Clips [B, C, T, f h, f w] of latents [B, z, T, h, w]."""
-        clips = self.decoder(z.movedim(1, -1).contiguous())
+        clips = (decoder or self.decoder)(z.movedim(1, -1).contiguous())
         frames = rearrange(clips, "b t h w c -> (b t) c h w")
         frames = F.pixel_shuffle(frames, self.patch).to(z.dtype)
         return rearrange(frames, "(b t) c h w -> b c t h w", b=len(z)).contiguous()

@@ -12,6 +12,7 @@ from avdiffusion.media import Media
 from avdiffusion.systems.average import EMA, PowerEMA
 from avdiffusion.systems.condition import Same
 from avdiffusion.systems.moments import Moments
+from avdiffusion.systems.step import Step
 from avdiffusion.systems.system import Samples, System, finite, unit
 
 ERRORS = {"absolute": torch.abs, "squared": torch.square}
@@ -130,13 +131,19 @@ class AutoencoderSystem(System):
         batch: Mapping[str, Any],
         index: Sequence[int],
         *,
+        seed: int = 0,
+        start: int = 0,
+        step: Step | None = None,
         progress: Callable[[], object] | None = None,
-        **_: object,
     ) -> Samples:
-        """What the averaged model gives back of a batch's clips, in about [-1, 1] on the CPU."""
-        net = self.ema.ema_model.eval().net
+        """What the averaged model gives back of a batch's clips, in about [-1, 1] on the CPU.
+
+        It draws nothing: of any `seed`, and of a part from any `start`, it is the same.
+        """
+        net, call = self.ema.ema_model.eval().net, step or Step(capture=False)
         clip = unit(batch[self.modality]).to(self.device)
-        made = net.decode(net.encode(clip).mode())[tuple(map(slice, clip.shape))]
+        made = net.decode(net.encode(clip, call(net.encoder)).mode(), call(net.decoder))
+        made = made[tuple(map(slice, clip.shape))]
         if progress is not None:
             progress()
         return Samples(list(index), Media({self.modality: made.float().cpu()}), 1)

@@ -1,6 +1,7 @@
 """Between what the data holds and what is diffused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -8,6 +9,12 @@ from torch import Tensor, nn
 from avdiffusion.diffusion.noise import Noise, SharedNoise
 from avdiffusion.media import Media
 from avdiffusion.systems.system import empty
+
+Caller = Callable[[nn.Module], Callable[..., Any]]
+
+
+def as_it_is(net: nn.Module) -> nn.Module:
+    return net
 
 
 class Identity(nn.Module):
@@ -30,10 +37,10 @@ class Identity(nn.Module):
         """Where what is diffused is known, if the data is there."""
         return known
 
-    def decode(self, z: Media, noise: Noise) -> Media:
+    def decode(self, z: Media, noise: Noise, call: Caller = as_it_is) -> Media:
         """Clips of what is diffused; they may be longer or larger than those encoded.
 
-        `noise` is of the samples, for codecs that draw.
+        `noise` is of the samples, for codecs that draw; `call` says how a network is to be called.
         """
         return z
 
@@ -75,7 +82,7 @@ class Patches(Identity):
         found = self.mask(empty(1, shapes, "meta"))
         return {name: list(value.shape[1:]) for name, value in found.items()}
 
-    def decode(self, z: Media, noise: Noise) -> Media:
+    def decode(self, z: Media, noise: Noise, call: Caller = as_it_is) -> Media:
         return Media({name: self._unfold(name, v) for name, v in z.items()})
 
     def mask(self, known: Media) -> Media:

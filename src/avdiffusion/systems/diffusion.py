@@ -15,7 +15,7 @@ from avdiffusion.diffusion.path import sent
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import Sampler
 from avdiffusion.systems.average import EMA, PowerEMA
-from avdiffusion.systems.codec import Identity
+from avdiffusion.systems.codec import Caller, Identity
 from avdiffusion.systems.condition import Remakes
 from avdiffusion.systems.step import Step
 from avdiffusion.systems.system import Samples, System, empty, finite, unit
@@ -70,6 +70,8 @@ class DiffusionSystem(System):
         self.codec = codec or Identity()
         self.sampler, self.guides = sampler, list((guides or {}).values())
         self.shift, self.val_times = shift, val_times
+        if unencoded := shapes.keys() - self.codec.shapes(shapes).keys():
+            raise ValueError(f"the codec knows no {', '.join(unencoded)}, which is to be diffused")
         taken = getattr(diffusion.net, "takes", None)
         given = [shape[0] for shape in self.codec.shapes(shapes).values()]
         if taken not in (None, given):
@@ -407,16 +409,17 @@ class DiffusionSystem(System):
         for state in sampler(denoise, x, path, noise=noise.fork("step")):  # noqa: B007
             if progress is not None:
                 progress()
-        made = self._clips(state, noise, values)
-        return made, self._clips(own, noise, values) if known else made, calls
+        clips = partial(self._clips, noise=noise, call=task.call, like=values)
+        made = clips(state)
+        return made, clips(own) if known else made, calls
 
-    def _clips(self, x: Media, noise: Noise, like: Media) -> Media:
+    def _clips(self, x: Media, *, noise: Noise, call: Caller, like: Media) -> Media:
         """What is diffused as clips on the CPU, of the shapes of `like`."""
 
         def cut(clip: Tensor, like: Tensor) -> Tensor:
             return clip[tuple(map(slice, like.shape))].float().cpu()
 
-        return self.codec.decode(x.map(torch.detach), noise).map(cut, like)
+        return self.codec.decode(x.map(torch.detach), noise, call).map(cut, like)
 
 
 def _stack(windows: Sequence[tuple[Media, Media]]) -> tuple[Media, Media]:

@@ -9,13 +9,13 @@ from avdiffusion.diffusion.diffusion import Prediction
 from avdiffusion.diffusion.noise import Noise
 from avdiffusion.media import Media
 from avdiffusion.samplers.sampler import last
-from avdiffusion.systems.codec import Identity
+from avdiffusion.systems.codec import Caller, Identity, as_it_is
 from avdiffusion.systems.condition import Encoded
 from avdiffusion.systems.moments import Moments
 from avdiffusion.systems.system import System, empty
 
 MEAN, DEVIATION = 0.2, (0.8, 1.25)  # how far off latents may be that are to have 0 and 1
-SEEN = 64  # clips that are looked at
+SEEN = 128  # clips that are looked at
 
 
 class Frozen(Identity):
@@ -58,7 +58,7 @@ class Frozen(Identity):
 
     def _judge(self, means: list[float], deviations: list[float]) -> None:
         low, high = DEVIATION
-        if max(map(abs, means)) < MEAN and low < min(deviations) and max(deviations) < high:
+        if all(abs(m) < MEAN for m in means) and all(low < d < high for d in deviations):
             return
         told = ", ".join(f"{m:.2f} +- {d:.2f}" for m, d in zip(means, deviations, strict=True))
         raise ValueError(
@@ -81,15 +81,15 @@ class Latent(Frozen):
         return hasattr(model, "moments")
 
     def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        return {**shapes, self.modality: self.model.net.shape(shapes[self.modality])}
+        return {self.modality: self.model.net.shape(shapes[self.modality])}
 
     def encode(self, x: Media) -> Media:
         latent = self.model.net.encode(x[self.modality]).mode()
         return Media({self.modality: self.model.moments.normalise(latent)})
 
-    def decode(self, z: Media, noise: Noise) -> Media:
-        latent = self.model.moments.restore(z[self.modality])
-        return Media({self.modality: self.model.net.decode(latent)})
+    def decode(self, z: Media, noise: Noise, call: Caller = as_it_is) -> Media:
+        net, latent = self.model.net, self.model.moments.restore(z[self.modality])
+        return Media({self.modality: net.decode(latent, call(net.decoder))})
 
 
 class Decoder(Frozen):
@@ -111,24 +111,24 @@ class Decoder(Frozen):
 
     def shapes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         encoder, (_, length) = self.model.conditioner.encoder, shapes[self.modality]
-        return {**shapes, self.modality: [encoder.out_channels, -(-length // encoder.factor)]}
+        return {self.modality: [encoder.out_channels, -(-length // encoder.factor)]}
 
     def encode(self, x: Media) -> Media:
         latent = self.model.condition(x, self.inner.encode)["concat"]
         moments = self.model.conditioner.moments
         return Media({self.modality: moments.normalise(latent)})
 
-    def decode(self, z: Media, noise: Noise) -> Media:
+    def decode(self, z: Media, noise: Noise, call: Caller = as_it_is) -> Media:
         conditioner, path = self.model.conditioner, self.model.path
         told = {"concat": conditioner.moments.restore(z[self.modality]).clamp(-1, 1)}
         count, _, length = told["concat"].shape
         clip = {self.modality: [self.own[0], length * conditioner.encoder.factor]}
         blank = empty(count, self.inner.shapes(clip), told["concat"].device)
         start = self.inner.noise(noise.fork("decoded")).like(blank)
-        x = path.sigma(torch.tensor(path.t_max)) * start
+        x, net = path.sigma(torch.tensor(path.t_max)) * start, call(self.model.net)
 
         def denoise(x: Media, t: Tensor) -> Prediction:
-            return self.model.predict(x, t, told)
+            return self.model.predict(x, t, told, net)
 
         made = last(self.sampler(denoise, x, path, noise=noise.fork("decoding")))
-        return self.inner.decode(made, noise.fork("inner"))
+        return self.inner.decode(made, noise.fork("inner"), call)

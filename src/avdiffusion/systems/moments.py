@@ -30,7 +30,8 @@ class Moments(nn.Module):
             dist.all_reduce(found)
             found /= dist.get_world_size()
         self.batches += 1
-        share = (1 / self.batches).clamp(min=RECENT)
+        share = (1 / self.batches).clamp(min=RECENT) * found.isfinite().all()
+        found = found.nan_to_num(0.0, 0.0, 0.0)  # the share of which is none
         self.mean.lerp_(found[0], share)
         self.square.lerp_(found[1], share)
 

@@ -23,7 +23,7 @@ from machine import processor
 from omegaconf import OmegaConf
 
 from avdiffusion import checkpoint
-from avdiffusion.callbacks.held_out import remakes, told
+from avdiffusion.callbacks.held_out import conditional, remakes
 from avdiffusion.data.captions import Captioned, is_pause
 from avdiffusion.data.clips import Clips
 from avdiffusion.diffusion.guide import ClassifierFree
@@ -212,7 +212,7 @@ def main(words=None):
     config = OmegaConf.merge(DEFAULTS, OmegaConf.from_cli(sys.argv[1:] if words is None else words))
     path = checkpoint.find(config.ckpt)
     system = checkpoint.load(path, trust=config.trust, device=config.device)
-    if remakes(system) or not told(system):
+    if remakes(system) or not conditional(system):
         raise SystemExit(f"error: {path} is told no text")
     try:
         found = measure(system, config)

@@ -117,10 +117,10 @@ def refuse_conditioned(ckpt: str, system: DiffusionSystem) -> None:
         )
     if system.remakes:
         raise ValueError(
-            f"{ckpt} makes clips of others, and is judged by what it makes of them: "
+            f"{ckpt} makes clips of others, and is judged by what it makes of them (of sounds by "
+            "metrics=[stft]): "
             f"python sample.py ckpt={ckpt} given=CLIPS out=OUT, then python evaluate.py "
-            'samples=OUT target=ORIGINALS "metrics=[restoration,lpips]" '
-            '(of sounds, "metrics=[stft]")'
+            'samples=OUT target=ORIGINALS "metrics=[restoration,lpips]"'
         )
 
 

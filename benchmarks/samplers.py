@@ -107,7 +107,7 @@ def reference(system, sampler, count, **options):
     """Clips at the two ends a sampler may have, by name."""
     ends = Ends(sampler)
     parts = [part.clips for part in system.samples(range(count), sampler=ends, **options)]
-    left = joined([system.codec.decode(part) for part in ends.left])
+    left = joined([system.task.decode(part) for part in ends.left])
     return {"data": joined(parts), "t_min": left.map(lambda v: v[:count].float().cpu())}
 
 

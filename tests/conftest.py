@@ -1,5 +1,6 @@
 """No test reaches the network, the user's cache or a W&B account."""
 
+import logging
 import os
 
 import pytest
@@ -11,6 +12,8 @@ def _alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    # after a run in this process it has something to say of every line on stderr
+    monkeypatch.setattr(logging.getLogger("wandb"), "propagate", False)
 
 
 def pytest_configure():

@@ -45,6 +45,8 @@ NOT_RUN = {
     "reference=": "needs real clips and weights; see tests/evaluation",
     "logger=": "the first command again, with other loggers; see tests/callbacks",
     "sr.ckpt": "needs a model of another training; see tests/test_cascade.py",
+    "diffgen.ckpt": "likewise; see tests/test_latent_models.py",
+    "v2v.ckpt": "likewise; see tests/test_latent_models.py",
     "-m": "see tests/test_cli.py",
 }
 
